@@ -1,0 +1,45 @@
+"""Window attention in PyTorch: one gather in, one SDPA per window shape, one gather out."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .windows import inverse_order, join_windows, split_windows, window_order
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, int],
+    windows: tuple[int, int],
+    shift: Tensor,
+    scale: float,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    if windows == (1, 1):  # the order of the tokens does not matter to dense attention
+        return _attend(query, key, value, key_mask, scale).contiguous()
+    order = window_order(grid, windows, shift, device=query.device)
+    tensors = (query, key, value) if key_mask is None else (query, key, value, key_mask)
+    groups = zip(*(split_windows(x.index_select(1, order), grid, windows) for x in tensors), strict=True)
+    attended = [_attend(*group[:3], group[3] if len(group) > 3 else None, scale) for group in groups]
+    return join_windows(attended, grid, windows).index_select(1, inverse_order(order))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    """SDPA over heads-last windows `[N, L, H, D]`; a masked key has no influence whatever it holds, NaN included."""
+    if key_mask is None:
+        return _sdpa(query, key, value, None, scale)
+    hidden = ~key_mask[:, :, None, None]
+    nobody = hidden.all(dim=1, keepdim=True)
+    # SDPA gives NaN where all keys are masked (forward or backward, by backend): there, attend to zeros instead.
+    visible = key_mask[:, None, None, :] | nobody
+    out = _sdpa(query, key.masked_fill(hidden, 0), value.masked_fill(hidden, 0), visible, scale)
+    return out.masked_fill(nobody, 0)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2)
