@@ -1,0 +1,90 @@
+"""The rows of a result, as a terminal and a Markdown page both show them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from .result import TABLE_WIDTH, Measurement, Record, Result
+
+HEADINGS = ("contender", "ms", "min … max", "vs dense", "vs same", "of ideal")
+LEGEND = (
+    "ms: median. vs dense, vs same: how many times faster than the fastest dense attention, and than the fastest "
+    "code by others for the same result (its preparation not timed). of ideal: the time that this machine's measured "
+    "peak and bandwidth allow, as a share of the time taken."
+)
+_WIDTHS = (30, 10, 22, 10, 10, 10)
+
+
+def case_title(record: Record) -> str:
+    shape = ", ".join(f"{name} {_plain(value)}" for name, value in record.shape.items())
+    return f"{record.case} · {record.dtype} · {shape}"
+
+
+def cells(record: Record, measurement: Measurement) -> tuple[str, ...]:
+    """One row under `HEADINGS`, for a contender that was timed."""
+    return (
+        measurement.contender,
+        _milliseconds(measurement.median_ms),
+        f"{_milliseconds(measurement.min_ms)} … {_milliseconds(measurement.max_ms)}",
+        _times(record.speedup(measurement, "dense")),
+        _times(record.speedup(measurement, "same")),
+        _percent(record.fraction_of_ideal(measurement)),
+    )
+
+
+def not_timed(measurement: Measurement) -> str:
+    """Why a contender has no row."""
+    return f"{measurement.contender}: {measurement.status}, {measurement.reason}"
+
+
+def text_table(result: Result) -> str:
+    return "\n".join(_text_lines(result))
+
+
+def _text_lines(result: Result) -> Iterator[str]:
+    machine = f"{result.device['name']}, torch {result.versions['torch']}, {result.date}"
+    yield textwrap.shorten(machine, TABLE_WIDTH)
+    for benchmark in dict.fromkeys(record.benchmark for record in result.records):
+        yield ""
+        yield _columns((benchmark, *HEADINGS[1:]))
+        for record in (record for record in result.records if record.benchmark == benchmark):
+            yield from textwrap.wrap(case_title(record), TABLE_WIDTH, subsequent_indent="    ")
+            for measurement in record.measurements:
+                if measurement.median_ms is not None:
+                    yield _columns((f"  {measurement.contender}", *cells(record, measurement)[1:]))
+                else:
+                    yield from textwrap.wrap(
+                        not_timed(measurement), TABLE_WIDTH, initial_indent="  ", subsequent_indent="    "
+                    )
+    if result.cut:
+        yield ""
+        for cut in result.cut:
+            line = f"not measured: {cut.benchmark}, {cut.case}, {cut.dtype}: {cut.reason}"
+            yield from textwrap.wrap(line, TABLE_WIDTH, subsequent_indent="    ")
+    yield ""
+    yield from textwrap.wrap(LEGEND, TABLE_WIDTH)
+
+
+def _columns(texts: tuple[str, ...]) -> str:
+    first, *rest = zip(texts, _WIDTHS, strict=True)
+    return (f"{first[0]:<{first[1]}}" + "".join(f"{text:>{width}}" for text, width in rest)).rstrip()
+
+
+def _plain(value: object) -> str:
+    return " x ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _milliseconds(value: float | None) -> str:
+    """Three significant digits, and never an exponent."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}x"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
