@@ -1,0 +1,101 @@
+"""One case: every contender is tried and checked; those that are right are timed against each other."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, replace
+
+import torch
+
+from .registry import Benchmark, Case, Check, Contender, Inputs, Prepared, Unavailable
+from .result import Measurement
+from .timing import Clock, Timed, clock_for, interleave
+
+# Our error may be twice that of plain PyTorch in the same dtype, and never has to be below one rounding.
+ERROR_FACTOR = 2.0
+MAX_REASON = 300
+SEED = 0
+
+
+def measure_case(
+    benchmark: Benchmark, case: Case, dtype: torch.dtype, device: torch.device, *, seconds: float
+) -> tuple[Measurement, ...]:
+    """One measurement per contender, in their order; whatever goes wrong is in the measurement, nothing is raised."""
+    contenders = benchmark.contenders(device)
+    try:
+        clock = clock_for(device)
+        inputs = benchmark.make_inputs(case, dtype, device, SEED)
+        check = benchmark.check(case, inputs) if benchmark.check else None
+    except Exception as error:
+        return tuple(_failed(contender, _reason(error)) for contender in contenders)
+    trials = [_try(contender, case, inputs, check, clock) for contender in contenders]
+    ready = {found.contender: Timed(prepared.call, prepared.around) for found, prepared in trials if prepared}
+    if not ready:
+        return tuple(found for found, _ in trials)
+    try:
+        timings = interleave(ready, clock, seconds=seconds)
+    except Exception as error:
+        failure = f"while timing: {_reason(error)}"
+        return tuple(
+            replace(found, status="failed", reason=failure) if prepared else found for found, prepared in trials
+        )
+    return tuple(
+        replace(found, **asdict(timings[found.contender])) if prepared else found for found, prepared in trials
+    )
+
+
+def _try(
+    contender: Contender, case: Case, inputs: Inputs, check: Check | None, clock: Clock
+) -> tuple[Measurement, Prepared | None]:
+    """The contender's first call: is it able to run, and is it right? Only then is there something to time."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            prepared = contender.prepare(case, inputs)
+            _poison(inputs)
+            with prepared.around():
+                output = prepared.call()
+            clock.synchronize()  # a kernel that breaks is to be blamed here, not at the next contender
+            # Dense attention computes something else; it is a baseline for time and PyTorch's own.
+            error, limit = (
+                _error(prepared.restore(output), check) if check and contender.role != "dense" else (None, None)
+            )
+        except Unavailable as unavailable:
+            return Measurement(contender.name, contender.role, "unavailable", str(unavailable)), None
+        except Exception as failure:
+            notes = "; ".join(dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught))
+            return _failed(contender, _reason(failure, notes)), None
+    found = Measurement(contender.name, contender.role, "ok", error=error, error_limit=limit)
+    if error is not None and limit is not None and not error <= limit:  # NaN is wrong too
+        reason = f"error {error:.2g} against the reference, {limit:.2g} allowed"
+        return replace(found, status="wrong", reason=reason), None
+    return found, prepared
+
+
+def _poison(inputs: Inputs) -> None:
+    """Leaves NaN in the memory that the next output is likely to get: there, the last contender's right answer lies."""
+    for tensor in inputs.values():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            torch.full_like(tensor, torch.nan)
+
+
+def _error(output: torch.Tensor, check: Check) -> tuple[float, float]:
+    exact = check.exact.double()
+    scale = exact.norm()
+
+    def relative(tensor: torch.Tensor) -> float:
+        return float((tensor.double() - exact).norm() / scale)
+
+    limit = max(ERROR_FACTOR * relative(check.yardstick), torch.finfo(output.dtype).eps)
+    return relative(check.sample(output)), limit
+
+
+def _failed(contender: Contender, reason: str) -> Measurement:
+    return Measurement(contender.name, contender.role, "failed", reason)
+
+
+def _reason(error: Exception, notes: str = "") -> str:
+    """One line: PyTorch often raises a general message and puts the cause into warnings."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    text = f"{type(error).__name__}: {first.strip()}" + (f" ({notes})" if notes else "")
+    return text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 1]}…"
