@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -57,7 +58,14 @@ def describe_device(device: torch.device) -> dict[str, str | int | float]:
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
         }
-    return {"type": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
+    return {
+        "type": "cpu",
+        "name": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count() or 1,
+        # What others had running: asked for before the first case, it says how far to trust the figures.
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else -1,
+    }
 
 
 def _cpu_name() -> str:

@@ -85,7 +85,6 @@ class Result:
     records: tuple[Record, ...]
     cut: tuple[Cut, ...] = ()
     tests: Mapping[str, Any] | None = None
-    note: str = ""
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:

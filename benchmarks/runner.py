@@ -37,7 +37,7 @@ def run(
     Args:
         ops: Names as in `kernels.ops()`.
         device: CUDA where there is one, else the CPU, where None.
-        dtype: A dtype, or `"fp32"`, `"fp16"`, `"bf16"`; None measures each case in its own dtypes.
+        dtype: A dtype or its name (`"bf16"`, `"bfloat16"`); None measures each case in its own dtypes.
         quick: Only the cases marked so, and fewer rounds: to see that it works, not to quote.
         progress: Called as `progress(done, total, text)` before each case and once at the end.
         budget_s: Seconds for the whole run; a case that might overrun it is left out and listed in `Result.cut`.
@@ -62,6 +62,7 @@ def run_benchmarks(
     where = _device(device)
     plan = _plan(benchmarks, where, _dtype(dtype), quick)
     report = progress or (lambda done, total, text: None)
+    described = machine.describe_device(where)
     seconds = QUICK_SECONDS_PER_CASE if quick else SECONDS_PER_CASE[where.type]
     ceilings: dict[str, Ceiling] = {}
     records: list[Record] = []
@@ -96,7 +97,7 @@ def run_benchmarks(
     report(len(plan), len(plan), "done")
     return Result(
         date=datetime.date.today().isoformat(),
-        device=machine.describe_device(where),
+        device=described,
         versions=machine.versions(),
         commit=machine.commit(),
         quick=quick,
