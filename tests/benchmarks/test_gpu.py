@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attnswap.benchmarks import gpu, runner
+from attnswap.benchmarks.result import Result
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_the_script_says_so_in_one_line_and_exits_2(tmp_path):
+    script = gpu.ROOT / "benchmarks" / "gpu.py"
+    finished = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert finished.stderr.startswith("error: no CUDA device")
+    assert len(finished.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def cuda(monkeypatch, doubling):
+    """A machine that says it has CUDA; tests and timings are stand-ins."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Imaginary 1")
+    passed = {"summary": "3 passed", "exit_status": 0, "failures": [], "seconds": 1.0, "command": "pytest"}
+    stand_in = SimpleNamespace(tests=passed, ours=lambda x: x * 2, budgets=[])
+
+    def time_ops(budget_s):
+        stand_in.budgets.append(budget_s)
+        return runner.run_benchmarks([doubling(ours=stand_in.ours)], device="cpu", quick=True)
+
+    monkeypatch.setattr(gpu, "run_tests", lambda folder, timeout_s: stand_in.tests)
+    monkeypatch.setattr(gpu, "time_ops", time_ops)
+    return stand_in
+
+
+def test_with_cuda_tests_and_timings_go_into_one_json(cuda, tmp_path):
+    assert gpu.main(["--json", str(tmp_path / "gpu.json"), "--budget", "100"]) == 0
+    result = Result.read(tmp_path / "gpu.json")
+    assert result.tests == cuda.tests
+    assert len(result.records) == 1
+    assert 0 < cuda.budgets[0] <= 100
+
+
+def test_failing_tests_exit_1_and_the_json_is_still_written(cuda, tmp_path):
+    cuda.tests = {**cuda.tests, "exit_status": 1}
+    assert gpu.main(["--json", str(tmp_path / "gpu.json")]) == 1
+    assert Result.read(tmp_path / "gpu.json").tests["exit_status"] == 1
+
+
+def test_a_kernel_with_wrong_numbers_exits_1(cuda, tmp_path, capsys):
+    cuda.ours = lambda x: x * 3
+    assert gpu.main(["--json", str(tmp_path / "gpu.json")]) == 1
+    assert "broken: size 0, float32, ours: error" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_said_before_anything_runs(cuda, tmp_path, capsys):
+    assert gpu.main(["--json", str(tmp_path / "missing" / "gpu.json")]) == 2
+    assert "missing is no folder" in capsys.readouterr().err
+    assert cuda.budgets == []
+
+
+def test_the_default_file_name_holds_the_device_and_the_date(cuda):
+    assert gpu._default_path("NVIDIA H200 (80GB)").name.startswith("gpu-nvidia-h200-80gb-20")
+
+
+def test_the_kernel_tests_see_the_checkout_as_the_package_without_installing(tmp_path, monkeypatch):
+    package = tmp_path / "path" / "attnswap"
+    package.parent.mkdir()
+    package.symlink_to(gpu.ROOT, target_is_directory=True)
+    where = tmp_path / "test_where.py"
+    where.write_text(f"def test_where():\n    import attnswap\n    assert attnswap.__path__ == [{str(package)!r}]\n")
+    monkeypatch.setattr(gpu, "TESTS", (str(where),))
+    tests = gpu.run_tests(package.parent, timeout_s=60)
+    assert (tests["exit_status"], tests["failures"]) == (0, []), tests
+
+
+def test_tests_that_do_not_finish_are_stopped_and_count_as_failed(tmp_path, monkeypatch):
+    (tmp_path / "test_endless.py").write_text("def test_endless():\n    import time\n    time.sleep(60)\n")
+    monkeypatch.setattr(gpu, "TESTS", (str(tmp_path / "test_endless.py"),))
+    tests = gpu.run_tests(tmp_path, timeout_s=2)
+    assert tests["exit_status"] == 124
+    assert "not finished after 2 s" in tests["summary"]
