@@ -1,0 +1,143 @@
+"""Renders docs/benchmarks.md from the JSON files in benchmarks/results/: `python -m attnswap.benchmarks.render`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from .machine import ROOT
+from .result import Measurement, Record, Result
+from .table import HEADINGS, LEGEND, case_title, cells, not_timed
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+# A load average above this share of the cores means that others were at work.
+BUSY = 0.3
+
+INTRODUCTION = """\
+# Benchmarks
+
+<!-- Rendered from benchmarks/results/*.json by `python -m attnswap.benchmarks.render`. Do not edit. -->
+
+How fast the operations in `attnswap.kernels` are, against what PyTorch offers for the same tensors. Every figure on
+this page comes from a JSON file in `benchmarks/results/`, written by a command at the end of this page."""
+
+METHOD = f"""\
+## How it is measured
+
+- **Same tensors, same run.** All contenders of a case get the same random query, key and value and are called in turn
+  (A B C A B C …), so that a drift of the machine hits all alike. Only ratios within one table mean anything.
+- **Three kinds of contenders.** *attnswap …* are this package's backends. *SDPA on windows* and *FlexAttention* give
+  the same result by PyTorch's own code: SDPA gets tensors that already lie window by window and never brings them
+  back, which a model would have to pay for; FlexAttention's compiling and block mask are not timed. *Dense SDPA* is
+  full attention over all tokens: another result, and what a stock pipeline runs.
+- **Right first.** Before it is timed, a contender is compared with the reference in higher precision, on the first
+  and the last head of the batch. Its relative error ‖out − exact‖ / ‖exact‖ may be at most twice that of plain
+  PyTorch in the same dtype; one that is over is reported as wrong and not timed. Dense SDPA is PyTorch's own and not
+  checked. Errors are in the JSON.
+- **Median.** After a warm-up, the median of 5 to 100 calls, with the fastest and the slowest. On a GPU by CUDA
+  events, with the L2 cache flushed before each call; on a CPU by the wall clock.
+- **The ideal.** The least floating-point operations (two matrix products per window) over the peak, or the least
+  bytes (inputs read once, output written once) over the bandwidth, whichever takes longer. Peak and bandwidth are
+  measured in the same run, with a large matrix product of the same dtype and a large copy; no data sheet is involved.
+  The exponentials of the softmax are left out, so that 100% is out of reach.
+- **Nothing dropped.** A contender that could not run stands below its table with the reason.
+
+{LEGEND}"""
+
+NO_GPU = """\
+## GPU
+
+No GPU has been measured yet. This page makes no claim about the speed of any GPU, and the Triton kernels stand in none
+of its tables."""
+
+REPRODUCE = """\
+## How to reproduce
+
+    attnswap bench --op window_attention --json FILE      one operation, on the GPU where there is one, else the CPU
+    python -m attnswap.benchmarks.runner --json FILE      all operations
+    python benchmarks/gpu.py                              on a CUDA machine, from a checkout, without installing: the
+                                                          kernel tests, then all timings, in under 8 minutes
+    python -m attnswap.benchmarks.render                  renders this page from benchmarks/results/
+
+`benchmarks/gpu.py` needs torch 2.11, triton 3.6 and pytest, or newer, and writes
+`benchmarks/results/gpu-DEVICE-DATE.json`."""
+
+
+def render(results: Mapping[str, Result]) -> str:
+    """The whole page; `results` by file name."""
+    parts = [INTRODUCTION, METHOD]
+    ordered = [results[name] for name in sorted(results)]
+    gpus = [result for result in ordered if result.device["type"] == "cuda"]
+    cpus = [result for result in ordered if result.device["type"] == "cpu"]
+    parts += ["\n".join(["## GPU", *map(_section, gpus)]) if gpus else NO_GPU]
+    parts += ["\n".join(["## CPU", *map(_section, cpus)]) if cpus else "## CPU\n\nNo CPU has been measured yet."]
+    return "\n\n".join([*parts, REPRODUCE]) + "\n"
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, Result]:
+    return {path.name: Result.read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def _section(result: Result) -> str:
+    return "\n".join(_section_lines(result))
+
+
+def _section_lines(result: Result) -> Iterator[str]:
+    device = dict(result.device)
+    yield from ("", f"### {device.pop('name')}, {result.date}", "")
+    facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in device.items() if name != "type")
+    yield f"- Machine: {facts}"
+    yield f"- Versions: {', '.join(f'{name} {version}' for name, version in result.versions.items())}"
+    yield f"- Commit: {result.commit or 'unknown'}"
+    for dtype, ceiling in result.ceilings.items():
+        flops, bandwidth = ceiling["flops_per_second"] / 1e12, ceiling["bytes_per_second"] / 1e9
+        yield f"- Measured ceilings, {dtype}: {flops:.3g} TFLOP/s, {bandwidth:.3g} GB/s"
+    if result.tests:
+        yield f"- Kernel tests on this device: {result.tests['summary']}"
+    if result.quick:
+        yield "- **A quick run**: few rounds, to see that it works, not to quote"
+    if device["type"] == "cpu" and device["load_average"] > BUSY * device["cores"]:
+        yield "- **The machine was busy with other work** at the time: trust the ratios, not the milliseconds"
+    for benchmark in dict.fromkeys(record.benchmark for record in result.records):
+        yield from ("", f"#### {benchmark}")
+        for record in result.records:
+            if record.benchmark == benchmark:
+                yield from _case_lines(record)
+    if result.cut:
+        yield from ("", "Left out:", "")
+        yield from (f"- {cut.benchmark}, {cut.case}, {cut.dtype}: {cut.reason}" for cut in result.cut)
+
+
+def _case_lines(record: Record) -> Iterator[str]:
+    timed = [measurement for measurement in record.measurements if measurement.median_ms is not None]
+    yield from ("", case_title(record), "")
+    if timed:
+        yield _row(HEADINGS)
+        yield _row(("---", *["---:"] * (len(HEADINGS) - 1)))
+        yield from (_row(_emphasised(record, measurement)) for measurement in timed)
+    untimed = [measurement for measurement in record.measurements if measurement.median_ms is None]
+    if untimed:
+        yield ""
+        yield from (f"- {not_timed(measurement)}" for measurement in untimed)
+
+
+def _emphasised(record: Record, measurement: Measurement) -> tuple[str, ...]:
+    first, *rest = cells(record, measurement)
+    return (f"**{first}**" if measurement.role == "ours" else first, *rest)
+
+
+def _row(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(text.replace('|', chr(92) + '|') for text in texts)} |"
+
+
+def main() -> int:
+    PAGE.write_text(render(read_results()), encoding="utf-8")
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
