@@ -1,0 +1,179 @@
+"""The Stable Diffusion U-Net (SD 1.5, 2.1, SDXL): its self-attention layers, and the sizes of its feature maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from torch import Tensor, nn
+
+from .base import Family, Slot
+
+Size = tuple[int, int]
+
+# Their whole computation is project, attend, finish, so only the middle needs exchanging.
+_STOCK = (AttnProcessor2_0, FusedAttnProcessor2_0)
+
+
+class UNetAttnProcessor(AttnProcessor2_0):
+    """Stock attention with the middle exchanged for a method's.
+
+    Without a slot, or in a call for which the method has no plan, it is the original processor, bit for bit. Any
+    processor that is not a stock one is kept and called on what the method makes of its input (see
+    `Strategy.around`).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slot: Slot | None = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        slot = self.slot
+        if slot is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        plan = slot.layout.plan
+        if plan is None or not _is_token_self_attention(slot, hidden_states, encoder_hidden_states, attention_mask):
+            slot.count(hidden_states, None)
+            return slot.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        slot.count(hidden_states, plan.pairs)
+        if plan.around or attention_mask is not None or not _is_plain(attn, slot.original):
+
+            def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
+                return slot.original(attn, tokens, None, mask, temb, *args, **kwargs)
+
+            return slot.strategy.around(run, hidden_states, attention_mask, slot.layout)
+        query, key, value = project(attn, hidden_states)
+        return finish(attn, slot.strategy.attend(query, key, value, slot.layout, slot.context), hidden_states)
+
+
+def project(attn: Attention, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value `[B, S, H, D]` of self-attention; calls the modules, so LoRA and offloading take part."""
+    if attn.fused_projections:
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+    query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return query, key, value
+
+
+def finish(attn: Attention, attended: Tensor, residual: Tensor) -> Tensor:
+    """From heads `[B, S, H, D]` back to hidden states, as the stock processor ends."""
+    hidden_states: Tensor = attn.to_out[1](attn.to_out[0](attended.flatten(-2)))
+    if attn.residual_connection:
+        hidden_states = hidden_states + residual
+    return hidden_states / attn.rescale_output_factor
+
+
+def _is_token_self_attention(
+    slot: Slot, hidden_states: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None
+) -> bool:
+    """Whether the plan fits this call; where it does not, the layer runs dense and the report says why."""
+    height, width = slot.layout.grid or (0, 0)
+    tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else 0
+    if encoder_hidden_states is not None:
+        why = "called with other tokens to attend to"
+    elif tokens != height * width:
+        why = f"{tokens} tokens do not form the expected {height}x{width} grid"
+    elif attention_mask is not None and tuple(attention_mask.shape[1:]) != (1, tokens):
+        why = f"an attention mask of shape {tuple(attention_mask.shape)} is not one of keys"
+    else:
+        return True
+    slot.context.recorder.note(f"{slot.name} ran dense: {why}", warn=True)
+    return False
+
+
+def _is_plain(attn: Attention, processor: object) -> bool:
+    return type(processor) in _STOCK and attn.spatial_norm is None and attn.group_norm is None
+
+
+def latent_size(arguments: dict[str, Any]) -> Size:
+    """(h, w) of the latent in a U-Net call."""
+    height, width = arguments["sample"].shape[-2:]
+    return int(height), int(width)
+
+
+def is_self_attention(layer: str) -> bool:
+    return layer.endswith(".attn1")
+
+
+UNET = Family(
+    name="Stable Diffusion U-Net",
+    model_class="UNet2DConditionModel",
+    self_attention=is_self_attention,
+    processor=UNetAttnProcessor,
+    size=latent_size,
+)
+
+
+@dataclass(frozen=True)
+class UNetSizes:
+    """Sizes (h, w) of a U-Net's feature maps.
+
+    Attributes:
+        skips: of every skip connection, in the order in which they are made.
+        middle: of the mid block.
+        adapters: where a T2I-Adapter's features are added: after the last pair of a block with attention, after the
+            whole of a block without.
+        transformers: of every `Transformer2DModel`, by dotted name.
+    """
+
+    skips: tuple[Size, ...]
+    middle: Size
+    adapters: tuple[Size, ...]
+    transformers: dict[str, Size]
+
+
+def unet_sizes(unet: nn.Module, size: Size, *, quartered: int | None = None, pooled: int | None = None) -> UNetSizes:
+    """Sizes inside a U-Net for a latent of `size`.
+
+    Args:
+        unet: a `UNet2DConditionModel`.
+        size: (h, w) of the latent.
+        quartered: level whose downsampler divides by four instead of two.
+        pooled: level whose map is halved after its first pair on the way down, and restored on the way up after the
+            pair that takes the last pooled skip.
+    """
+    skips, adapters, transformers = [size], [], {}
+    for level, block in enumerate(unet.down_blocks):
+        pairs = len(block.resnets)
+        has_attention = getattr(block, "attentions", None) is not None
+        for pair in range(pairs):
+            if has_attention:
+                transformers[f"down_blocks.{level}.attentions.{pair}"] = size
+            if pair == 0 and level == pooled:
+                size = _divided(size, 2)
+            skips.append(size)
+        if has_attention:
+            adapters.append(size)
+        if block.downsamplers is not None:
+            size = _divided(size, 4 if level == quartered else 2)
+            skips.append(size)
+        if not has_attention:
+            adapters.append(size)
+    if getattr(unet.mid_block, "attentions", None) is not None:
+        transformers["mid_block.attentions.0"] = size
+    # Going up, each pair runs at the size of the skip it takes.
+    taken = reversed(skips)
+    for level, block in enumerate(unet.up_blocks):
+        for pair, skip in zip(range(len(block.resnets)), taken, strict=False):
+            if getattr(block, "attentions", None) is not None:
+                transformers[f"up_blocks.{level}.attentions.{pair}"] = skip
+    return UNetSizes(tuple(skips), size, tuple(adapters), transformers)
+
+
+def _divided(size: Size, by: int) -> Size:
+    return -(-size[0] // by), -(-size[1] // by)

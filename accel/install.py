@@ -1,0 +1,195 @@
+"""One method, or several, in one denoiser: put in, kept in place, and taken out exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .context import Clock, Context
+from .families import family_of
+from .families.base import Layout, Slot, attention_layers
+from .methods import STRATEGIES
+from .methods.base import Config, Strategy
+from .observe import Call, Observer
+from .report import LayerPlan, LayerRecord, Recorder
+
+#: The attribute under which a denoiser holds what is installed in it.
+ATTRIBUTE = "_attnswap"
+
+
+class Installation:
+    """What `enable` does to one denoiser.
+
+    Args:
+        model: the denoiser.
+        configs: methods that may be combined.
+        clock: shared by the denoisers of a pipeline.
+        pipeline: the pipeline that was enabled, if it was one.
+        entry: the module a pipeline calls, where that is a compiled wrapper of `model`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        configs: Sequence[Config],
+        clock: Clock,
+        *,
+        pipeline: Any = None,
+        entry: nn.Module | None = None,
+    ) -> None:
+        self.model = model
+        self.family = family_of(model)
+        self._pipeline_schedule: Any = None
+        names = tuple(config.name for config in configs)
+        config = configs[0].to_dict() if len(configs) == 1 else {c.name: c.to_dict() for c in configs}
+        self.recorder = Recorder(type(model).__name__, names, config)
+        self.context = Context(clock, self.recorder, self._schedule)
+        self.strategies: list[Strategy] = [
+            STRATEGIES[config.name](config, model, self.family, self.context, pipeline) for config in configs
+        ]
+        self.slots = self._plan(attention_layers(model))
+        self._pipeline = pipeline
+        self._entry = entry
+        self._observer: Observer | None = None
+        self._passive = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pipeline": None}
+
+    def install(self, *, passive: bool = False) -> None:
+        """Put everything in place.
+
+        Args:
+            passive: leave the processors to the user (`attn_processors`); until they are set, nothing changes.
+        """
+        vars(self.model)[ATTRIBUTE] = self
+        self._passive = passive
+        self._observer = Observer(
+            self.model, self.context.clock, self._begin, pipeline=self._pipeline, entry=self._entry
+        )
+        self._pipeline = None  # from here on the observer knows it, weakly
+        for slot in self.slots.values():
+            slot.processor = self.family.processor()
+            slot.processor.slot = slot
+        if not passive:
+            for strategy in self.strategies:
+                strategy.install()
+            self._arm()
+
+    def remove(self) -> None:
+        """Take everything out: the same processor objects, no hook and no attribute is left."""
+        for slot in self.slots.values():
+            if slot.module.processor is slot.processor:
+                set_processor(slot.module, slot.original)
+            # Whoever kept our processor (a saved dictionary, say) keeps the original behaviour.
+            slot.layout.plan = None
+        for strategy in reversed(self.strategies):
+            strategy.remove()
+        if self._observer is not None:
+            self._observer.remove()
+        vars(self.model).pop(ATTRIBUTE, None)
+
+    def reset(self) -> None:
+        """Forget run, counts and notes."""
+        self.context.clock.reset()
+        self.recorder.reset()
+        for strategy in self.strategies:
+            strategy.reset()
+
+    def _schedule(self) -> Any:
+        return (None, None) if self._observer is None else self._observer.schedule()
+
+    def _plan(self, layers: Mapping[str, nn.Module]) -> dict[str, Slot]:
+        slots: dict[str, Slot] = {}
+        reasons: dict[str, str] = {}
+        for strategy in self.strategies:
+            for name, reason in strategy.select(layers).items():
+                module = layers[name]
+                if isinstance(module.processor, nn.Module):
+                    reasons[name] = f"{type(module.processor).__name__} holds weights and is kept"
+                else:
+                    original = self._original(module.processor)
+                    slots[name] = Slot(module, original, strategy, self.context, Layout(name))
+                    reasons[name] = reason
+        for name in layers:
+            reason = reasons.get(name) or "; ".join(dict.fromkeys(s.why_not(name) for s in self.strategies))
+            self.recorder.layers[name] = LayerRecord(LayerPlan(name, name in slots, reason))
+        return slots
+
+    def _original(self, processor: Any) -> Any:
+        """The processor below ours, where a method is still enabled while another is planned."""
+        ours = isinstance(processor, self.family.processor) and processor.slot is not None
+        return processor.slot.original if ours else processor
+
+    def _begin(self, call: Call) -> None:
+        if not self._arm():
+            return
+        self.recorder.denoiser_calls += 1
+        for strategy in self.strategies:
+            layouts = {name: slot.layout for name, slot in self.slots.items() if slot.strategy is strategy}
+            strategy.begin(call, layouts)
+
+    def _arm(self) -> bool:
+        """Make sure that the layers hold our processors; returns whether the method is to act.
+
+        Loading an IP-Adapter re-creates processors from their class, fusing projections or slicing attention replaces
+        them: neither may silently end the acceleration.
+        """
+        if self._passive and not any(
+            isinstance(slot.module.processor, self.family.processor) for slot in self.slots.values()
+        ):
+            return False
+        for slot in self.slots.values():
+            current = slot.module.processor
+            if current is slot.processor:
+                continue
+            if isinstance(current, self.family.processor):
+                if current.slot is not None:
+                    slot.original = current.slot.original
+                current.slot, slot.processor = slot, current
+                self.recorder.note(f"{slot.name}: processor was re-created and armed again")
+            elif self._passive:
+                slot.layout.plan = None
+            elif isinstance(current, nn.Module):
+                slot.layout.plan = None
+                self.recorder.note(
+                    f"{slot.name} runs dense: replaced by {type(current).__name__}, which holds weights", warn=True
+                )
+            else:
+                if current is not slot.original:
+                    self.recorder.note(f"{slot.name}: {type(current).__name__} was put in its place and is now wrapped")
+                    slot.original = current
+                set_processor(slot.module, slot.processor)
+        return True
+
+
+def set_processor(module: nn.Module, processor: Any) -> None:
+    """Give an attention layer a processor, in the way its class wants it."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
+
+
+def check_combination(configs: Sequence[Config]) -> None:
+    """Refuse methods that make no sense together.
+
+    Raises:
+        ValueError: naming the pair.
+    """
+    names = [config.name for config in configs]
+    if not names:
+        raise ValueError("no method given")
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            if first == second:
+                raise ValueError(f"{first} is given twice")
+            if second not in STRATEGIES[first].combines_with and first not in STRATEGIES[second].combines_with:
+                raise ValueError(f"{first} and {second} cannot be combined: both decide what the same layers attend to")
+
+
+def installed_in(model: nn.Module) -> Installation | None:
+    found: Installation | None = vars(model).get(ATTRIBUTE)
+    return found

@@ -1,0 +1,122 @@
+"""What a method brings: a configuration, and a strategy made of it for one denoiser."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..families.base import Family, Layout
+    from ..observe import Call
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class Config:
+    """Base of the frozen dataclasses that configure a method; checked on construction."""
+
+    name: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON document from which `from_dict` makes an equal configuration."""
+        document: dict[str, Any] = {"method": self.name}
+        for entry in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            document[entry.name] = list(value) if isinstance(value, tuple) else value
+        return document
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], document: Mapping[str, Any]) -> ConfigT:
+        """The configuration a document describes.
+
+        Raises:
+            ValueError: for a key that is no field, with the near matches, and for values the fields refuse.
+        """
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in document.items()}
+        method = values.pop("method", cls.name)
+        if method != cls.name:
+            raise ValueError(f"a configuration of {method!r} is not one of {cls.name!r}")
+        known = [entry.name for entry in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known)
+                hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+                raise ValueError(f"{cls.name} has no setting {key!r}; {hint}")
+        return cls(**values)
+
+
+class Plan(Protocol):
+    """What a layer is to do in one call: `pairs` query-key pairs an image are computed; `around` asks for the road
+    that keeps the original processor."""
+
+    pairs: int
+    around: bool
+
+
+class Strategy:
+    """A method at work on one denoiser.
+
+    Args:
+        config: of the method.
+        model: the denoiser.
+        family: its family.
+        context: shared by the layers of the denoiser.
+        pipeline: the pipeline that was enabled, if it was one; not to be kept.
+    """
+
+    #: Names of methods that may be enabled together with this one.
+    combines_with: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: Any, model: nn.Module, family: Family, context: Context, pipeline: Any = None) -> None:
+        self.config = config
+        self.model = model
+        self.family = family
+        self.context = context
+
+    def select(self, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+        """The layers to accelerate, each with the reason it was chosen.
+
+        Raises:
+            UnsupportedModel: if the method cannot apply to this model.
+        """
+        raise NotImplementedError
+
+    def why_not(self, layer: str) -> str:
+        """Why a layer was not selected."""
+        raise NotImplementedError
+
+    def install(self) -> None:
+        """Put hooks in place beyond the attention layers."""
+
+    def remove(self) -> None:
+        """Undo `install` exactly."""
+
+    def begin(self, call: Call, layouts: Mapping[str, Layout]) -> None:
+        """Before each denoiser call, outside compiled regions: plan the layers, edit the call."""
+        raise NotImplementedError
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, context: Context) -> Tensor:
+        """Attention `[B, S, H, D]` of a layer that has a plan."""
+        raise NotImplementedError
+
+    def around(
+        self,
+        run: Callable[[Tensor, Tensor | None], Tensor],
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        layout: Layout,
+    ) -> Tensor:
+        """A layer whose processor must be kept: `run` is that processor on tokens `[B, S, C]` and a key bias."""
+        raise NotImplementedError
+
+    def beyond_attention(self) -> str:
+        """What `install` adds that processors alone cannot carry, in words; empty for nothing."""
+        return ""
+
+    def reset(self) -> None:
+        """Forget what belongs to a run."""

@@ -1,0 +1,199 @@
+"""Watching a denoiser's own calls, so that no pipeline has to be changed to know where a run stands.
+
+A plain torch forward pre-hook survives every order of offloading, LoRA and compilation of blocks. Diffusers' own hook
+registry is used only to receive what it alone hands out: the cache context's name and step, and the end of a run.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
+from torch import nn
+
+from .context import Clock, Schedule
+
+_CARRIER = "attnswap_carrier"
+_TIMESTEPS = ("timestep", "t")
+_TEXTS = ("encoder_hidden_states", "cap_feats")
+
+
+@dataclass
+class Call:
+    """One call of a denoiser, its arguments by name; `edited` says that a method has changed one."""
+
+    arguments: dict[str, Any]
+    edited: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        # The class's own signature: offloading replaces `forward` on the instance.
+        names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+        return cls({**dict(zip(names, args, strict=False)), **kwargs})
+
+    def first(self, *names: str) -> Any:
+        return next((self.arguments[name] for name in names if self.arguments.get(name) is not None), None)
+
+    def set(self, name: str, value: Any) -> None:
+        self.arguments[name] = value
+        self.edited = True
+
+    @property
+    def timestep(self) -> torch.Tensor | float:
+        found: torch.Tensor | float | None = self.first(*_TIMESTEPS)
+        if found is None:
+            raise ValueError(f"a denoiser call without {' or '.join(_TIMESTEPS)}: {sorted(self.arguments)}")
+        return found
+
+    @property
+    def text_address(self) -> int:
+        """Where the text tensor lives: it alternates between guidance branches and stays when a step repeats."""
+        text = self.first(*_TEXTS)
+        text = text[0] if isinstance(text, list | tuple) else text
+        return text.data_ptr() if isinstance(text, torch.Tensor) else 0
+
+
+class _NoState(BaseState):
+    def reset(self) -> None:
+        pass
+
+
+class _Carrier(ModelHook):
+    """Passes everything through; Diffusers hands cache contexts and resets to hooks of its registry only."""
+
+    _is_stateful = True
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.manager = StateManager(_NoState)
+        self._clock = clock
+
+    @property
+    def context(self) -> CacheContext | None:
+        return self.manager._context
+
+    def reset_state(self, module: nn.Module) -> nn.Module:
+        self._clock.reset()
+        return module
+
+
+class Observer:
+    """Ticks a clock at each call of `model` and then tells `on_call`, outside any compiled region.
+
+    Args:
+        model: the denoiser.
+        clock: shared by the denoisers of a pipeline.
+        on_call: gets the `Call` and may edit it.
+        pipeline: asked for its scheduler's list of timesteps; held weakly.
+        entry: the module whose call is watched, where it is not `model` (the wrapper that `torch.compile` returns).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        clock: Clock,
+        on_call: Callable[[Call], None],
+        *,
+        pipeline: Any = None,
+        entry: nn.Module | None = None,
+    ) -> None:
+        self.model = model
+        self.clock = clock
+        self._on_call = on_call
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._carrier: _Carrier | None = None
+        self._undo: list[tuple[nn.Module, str]] = []
+        self._hook = (entry or model).register_forward_pre_hook(self._before, with_kwargs=True)
+        if hasattr(model, "cache_context"):
+            self._install_carrier()
+        else:
+            # `DiffusionPipeline.maybe_free_model_hooks` calls this at the end of a run if it is there.
+            vars(model)["_reset_stateful_cache"] = clock.reset
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or unpickled model belongs to no pipeline yet.
+        return {**vars(self), "_pipeline": None}
+
+    @property
+    def pipeline(self) -> Any:
+        return None if self._pipeline is None else self._pipeline()
+
+    def remove(self) -> None:
+        self._hook.remove()
+        if self._carrier is not None:
+            self._remove_carrier()
+        vars(self.model).pop("_reset_stateful_cache", None)
+
+    def schedule(self) -> tuple[Schedule | None, int | None]:
+        """The pipeline's list of timesteps and how many of them it says it runs."""
+        pipeline = self.pipeline
+        timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
+        if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1 or timesteps.numel() == 0:
+            return None, None
+        steps = getattr(pipeline, "_num_timesteps", None)
+        return Schedule(timesteps), steps if isinstance(steps, int) else None
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "attnswap was enabled before torch.compile of the whole model, so the denoising step would be frozen "
+                "into the graph. Compile first and enable afterwards, or use compile_repeated_blocks()."
+            )
+        call = Call.of(self.model, args, kwargs)
+        official = None if self._carrier is None else self._carrier.context
+        schedule, steps = self.schedule()
+        self.clock.tick(
+            call.timestep,
+            call.text_address if official is None else official.name,
+            schedule=schedule,
+            steps=steps if official is None or official.num_inference_steps is None else official.num_inference_steps,
+            step_index=None if official is None else official.step_index,
+        )
+        self._on_call(call)
+        return ((), call.arguments) if call.edited else None
+
+    def _install_carrier(self) -> None:
+        child = _carrier_child(self.model)
+        for module, name in ((self.model, "_diffusers_hook"), (child, "_diffusers_hook"), (child, "forward")):
+            if name not in vars(module):
+                self._undo.append((module, name))
+        self._carrier = _Carrier(self.clock)
+        HookRegistry.check_if_exists_or_initialize(child).register_hook(self._carrier, _CARRIER)
+        HookRegistry.check_if_exists_or_initialize(self.model).invalidate_child_registries_cache()
+
+    def _remove_carrier(self) -> None:
+        registry = HookRegistry.check_if_exists_or_initialize(self.model)
+        registry.remove_hook(_CARRIER, recurse=True)
+        registry.invalidate_child_registries_cache()
+        # Registering leaves an empty registry and a bound `forward` on the instance: take away what was not there.
+        for module, name in self._undo:
+            left = vars(module).get(name)
+            in_use = (
+                left.hooks
+                if isinstance(left, HookRegistry)
+                else "_diffusers_hook" in vars(module) and (vars(module)["_diffusers_hook"].hooks)
+            )
+            if not in_use:
+                vars(module).pop(name, None)
+        self._carrier = None
+
+
+def _carrier_child(model: nn.Module) -> nn.Module:
+    """A module outside the repeated blocks that nobody else hooks: one without parameters, else the first child."""
+    children = [child for child in model.children() if not isinstance(child, nn.ModuleList)]
+    for child in children:
+        for module in child.modules():
+            if not any(True for _ in module.parameters()) and not any(True for _ in module.children()):
+                return module
+    for child in children:
+        if any(True for _ in child.parameters()):
+            return child
+    raise ValueError(f"{type(model).__name__} has no module outside its blocks to carry the cache context")
