@@ -89,7 +89,11 @@ def key_mask_tensor(key_mask: Tensor | None, batch: int, tokens: int, device: to
 
 
 def scale_or_default(scale: float | None, head_dim: int) -> float:
-    return head_dim**-0.5 if scale is None else float(scale)
+    if scale is None:
+        return head_dim**-0.5
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    return float(scale)
 
 
 def window_attention(

@@ -225,16 +225,17 @@ class HiDiffusionStrategy(Strategy):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, context: Context) -> Tensor:
         plan: WindowPlan = layout.plan
-        shift = plan.shift_tensor if torch.compiler.is_compiling() else plan.shift
-        out: Tensor = kernels.window_attention(
-            query,
-            key,
-            value,
-            grid=layout.grid,
-            windows=plan.windows,
-            shift=shift,  # type: ignore[arg-type]
-        )
-        return out
+        grid = layout.grid
+        assert grid is not None
+        if torch.compiler.is_compiling():
+            # As data: a number would be a new graph for every shift.
+            return kernels.window_attention(query, key, value, grid=grid, windows=plan.windows, shift=plan.shift_tensor)
+        if plan.backend is None:
+            plan.backend = kernels.explain(
+                "window_attention", query, key, value, grid=grid, windows=plan.windows
+            ).backend
+            context.recorder.ran_on(layout.layer, plan.backend)
+        return kernels.window_attention(query, key, value, grid=grid, windows=plan.windows, shift=plan.shift)
 
     def around(
         self,

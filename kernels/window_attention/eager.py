@@ -22,10 +22,14 @@ def window_attention(
     if windows == (1, 1):  # the order of the tokens does not matter to dense attention
         return _attend(query, key, value, key_mask, scale).contiguous()
     order = window_order(grid, windows, shift, device=query.device)
-    tensors = (query, key, value) if key_mask is None else (query, key, value, key_mask)
-    groups = zip(*(split_windows(x.index_select(1, order), grid, windows) for x in tensors), strict=True)
-    attended = [_attend(*group[:3], group[3] if len(group) > 3 else None, scale) for group in groups]
+    queries, keys, values = (_cut(x, order, grid, windows) for x in (query, key, value))
+    masks = [None] * len(queries) if key_mask is None else _cut(key_mask, order, grid, windows)
+    attended = [_attend(*group, scale) for group in zip(queries, keys, values, masks, strict=True)]
     return join_windows(attended, grid, windows).index_select(1, inverse_order(order))
+
+
+def _cut(x: Tensor, order: Tensor, grid: tuple[int, int], windows: tuple[int, int]) -> list[Tensor]:
+    return split_windows(x.index_select(1, order), grid, windows)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
@@ -41,5 +45,5 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, 
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)

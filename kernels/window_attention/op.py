@@ -48,7 +48,7 @@ def window_attention(
         shift: (shift_y, shift_x) in tokens, any integers: rolled position (y, x) holds token
             ((y + shift_y) mod h, (x + shift_x) mod w). Give an int64 tensor `[2]`, on the CPU or on the device of
             `query`, to change it in a compiled graph without recompiling. Neither form waits for the device.
-        scale: factor on the scores, D ** -0.5 by default.
+        scale: positive factor on the scores, D ** -0.5 by default.
         key_mask: bool `[B, S]`, True for tokens that may be attended to, in the order of `key`. A masked token has
             no influence, whatever it holds. A row with no key left is 0.
 

@@ -14,7 +14,7 @@ Everything is plain tensor arithmetic, for any device, traceable by `torch.compi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from torch import Tensor
 from .. import checks
 
 
-class WindowGroup(NamedTuple):
+@dataclass(frozen=True)
+class WindowGroup:
     """All windows of one shape: `rows` x `columns` windows of `height` x `width` tokens each."""
 
     rows: int
