@@ -1,0 +1,22 @@
+"""What can go wrong in a job, by whose fault it is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BadInput(ValueError):
+    """The request cannot be met as written. Raised before any denoising step; the message says what would do."""
+
+
+class JobFailed(RuntimeError):
+    """The request was fine, the work was not: out of memory, not-a-number, a full disk."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """' Did you mean …?' with the names most like `name`, else all that there are."""
+    known = sorted(known)
+    if matches := difflib.get_close_matches(name, known, n=3, cutoff=0.5):
+        return f" Did you mean {' or '.join(matches)}?"
+    return f" There are: {', '.join(known)}." if known else ""

@@ -1,0 +1,153 @@
+"""Method settings as text (`--set windows=2,2`) turned into the method's own configuration dataclass."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .errors import BadInput, near
+
+TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("none", "null")
+
+
+def known_methods() -> dict[str, type]:
+    """Method name → configuration dataclass."""
+    from ..accel.methods import CONFIGS
+
+    return dict(CONFIGS)
+
+
+def parse(methods: Iterable[str], settings: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """`["hidiffusion"], ["t1=0.4"]` → `{"hidiffusion": {"t1": 0.4}}`.
+
+    A key that several of the methods have must name its method: `hidiffusion.t1=0.4`.
+
+    Raises:
+        BadInput: unknown method or key (with near matches), or a value of the wrong type.
+    """
+    known = known_methods()
+    chosen: dict[str, dict[str, Any]] = {}
+    for name in methods:
+        if name not in known:
+            raise BadInput(f"unknown method {name!r}.{near(name, known)}")
+        chosen[name] = {}
+    fields = {name: _field_types(known[name]) for name in chosen}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise BadInput(f"--set {setting}: write it as key=value.")
+        owner, key = _owner(path.strip(), fields)
+        chosen[owner][key] = _value(f"--set {setting}", fields[owner][key], text.strip())
+    return chosen
+
+
+def build(methods: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """The configuration objects for `{"hidiffusion": {"t1": 0.4}}`.
+
+    Raises:
+        BadInput: unknown method or key, or a value the method refuses.
+    """
+    known = known_methods()
+    configs = []
+    for name, values in methods.items():
+        if name not in known:
+            raise BadInput(f"unknown method {name!r}.{near(name, known)}")
+        try:
+            configs.append(known[name].from_dict(dict(values)))  # type: ignore[attr-defined]
+        except (ValueError, TypeError) as error:
+            raise BadInput(f"{name}: {error}") from error
+    return configs
+
+
+def _owner(path: str, fields: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    method, dot, key = path.rpartition(".")
+    if dot and method not in fields:
+        raise BadInput(f"--set {path}: --method does not name {method!r}.{near(method, fields)}")
+    owners = [method] if dot else [name for name, types_ in fields.items() if key in types_]
+    if not fields:
+        raise BadInput(f"--set {path}: no --method to set it for.")
+    if len(owners) > 1:
+        raise BadInput(f"--set {path}: say which one, {' or '.join(f'{name}.{key}' for name in owners)}.")
+    if not owners or key not in fields[owners[0]]:
+        keys = {name for owner in owners or fields for name in fields[owner]}
+        raise BadInput(f"--set {path}: no such setting.{near(key, keys)}")
+    return owners[0], key
+
+
+def _field_types(config: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(config)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config) if field.init}
+
+
+def _value(where: str, hint: Any, text: str) -> Any:
+    """`text` as the first of the types in `hint` that takes it."""
+    for option in _options(hint):
+        try:
+            return _parser(option)(text)
+        except (ValueError, SyntaxError, KeyError):
+            continue
+    raise BadInput(f"{where}: expected {_describe(hint)}.")
+
+
+def _options(hint: Any) -> list[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [option for part in typing.get_args(hint) for option in _options(part)]
+        # Narrow types first, or every value would be a string.
+        return sorted(options, key=lambda option: (option is str, option is float, typing.get_origin(option) is None))
+    return [hint]
+
+
+def _parser(option: Any) -> Callable[[str], Any]:
+    if option is type(None):
+        return lambda text: dict.fromkeys(NONE)[text.lower()]
+    if option is bool:
+        return lambda text: {**dict.fromkeys(TRUE, True), **dict.fromkeys(FALSE, False)}[text.lower()]
+    if option in (int, float, str):
+        return option
+    if typing.get_origin(option) is tuple:
+        return lambda text: _tuple(text, typing.get_args(option))
+    if typing.get_origin(option) is typing.Literal:
+        return lambda text: {str(choice): choice for choice in typing.get_args(option)}[text]
+    return _never  # a callable, for instance: settable from Python only
+
+
+def _never(text: str) -> Any:
+    raise ValueError(text)
+
+
+def _tuple(text: str, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    values = ast.literal_eval(text)
+    values = tuple(values) if isinstance(values, list | tuple) else (values,)
+    if parts[-1] is not Ellipsis and len(values) != len(parts):
+        raise ValueError(text)
+    if parts[-1] is Ellipsis:
+        parts = parts[:1] * len(values)
+    for value, part in zip(values, parts, strict=True):
+        allowed = _options(part)
+        if not (
+            type(value) in allowed or (isinstance(value, int) and not isinstance(value, bool) and float in allowed)
+        ):
+            raise ValueError(text)
+    return values
+
+
+def _describe(hint: Any) -> str:
+    names = []
+    for option in _options(hint):
+        if typing.get_origin(option) is typing.Literal:
+            names += [str(choice) for choice in typing.get_args(option)]
+        elif option is type(None):
+            names.append("none")
+        elif option is bool:
+            names.append("true or false")
+        elif typing.get_origin(option) is tuple:
+            parts = typing.get_args(option)
+            kinds = ", ".join("…" if part is Ellipsis else _describe(part) for part in parts)
+            names.append(f"values separated by commas ({kinds})")
+        elif option in (int, float, str):
+            names.append({int: "a whole number", float: "a number", str: "text"}[option])
+    return " or ".join(names) or "a value that only Python can give"
