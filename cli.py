@@ -1,0 +1,280 @@
+"""The `attnswap` command: reads the arguments, calls `pipelines`, prints what came of it.
+
+Exit status: 0 done, 1 the job failed, 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipelines.generate import Job, Result
+
+# Nothing heavy is imported before the arguments are understood: --help and wrong use answer at once.
+DTYPES = ("auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that lacks a character must not end the job
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return _fail("interrupted; no file was left half-written.", 130)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        from .accel.errors import UnsupportedModel
+        from .pipelines.errors import BadInput, JobFailed
+
+        if isinstance(error, BadInput | UnsupportedModel):
+            return _fail(str(error), 2)
+        if isinstance(error, JobFailed):
+            return _fail(str(error), 1)
+        raise  # a defect of ours or of a library: the traceback is the report
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="attnswap", description="Fast attention for stock Diffusers pipelines.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_inspect(commands)
+    _add_bench(commands)
+    doctor = commands.add_parser("doctor", help="show versions, devices and which backends would run")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        usage="attnswap generate PROMPT [options]",
+        help="make one picture from a prompt",
+        description="Make one picture from a prompt. What is not given comes from the model's preset.",
+        epilog='example: attnswap generate "a fox on a blue background" --width 256 --height 256 --method hidiffusion',
+    )
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to show")
+    parser.add_argument("-o", "--output", metavar="FILE", help="PNG to write (default: attnswap-TIME-SEED.png)")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="make a picture again from its own PNG")
+    parser.add_argument("--report", metavar="FILE", help="also write a JSON report there ('-': standard output)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("-m", "--model", help="bundled name, folder or Hub id (default: emoji-sd)")
+    model.add_argument("--variant", help='weight variant, such as "fp16"')
+    model.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help="auto, fp32, fp16 or bf16 (default: auto)")
+    model.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the accelerator, else the CPU)")
+    model.add_argument("--cpu-offload", choices=("model", "group"), help="keep the weights on the CPU until needed")
+    model.add_argument("--vae-tiling", action="store_true", default=None, help="decode in tiles: less memory")
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", metavar="NAME[,NAME]", help="what accelerates the attention (default: nothing)")
+    method.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method; again for more"
+    )
+
+    picture = parser.add_argument_group("picture")
+    picture.add_argument("--width", type=int, metavar="PX")
+    picture.add_argument("--height", type=int, metavar="PX")
+    picture.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    picture.add_argument("--guidance", type=float, metavar="X", help="guidance scale")
+    picture.add_argument("--negative", metavar="PROMPT", help="what not to show")
+    picture.add_argument("--seed", type=int, metavar="N", help="same seed, same picture (default: 0)")
+    parser.set_defaults(run=_generate)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show which attention layers a method would accelerate",
+        description="A dry run: every attention layer, accelerated (+) or not (-), and why. Reads no weights.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="bundled name, folder or Hub id")
+    parser.add_argument("--method", metavar="NAME[,NAME]", help="default: every method")
+    parser.set_defaults(run=_inspect)
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench", help="time the kernels on this machine", description="Time each op against the best dense baseline."
+    )
+    parser.add_argument("--op", action="append", metavar="NAME", help="an op to time; again for more (default: all)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="time every case in this dtype")
+    parser.add_argument("--quick", action="store_true", help="few cases, few rounds: not for quoting")
+    parser.add_argument("--json", metavar="FILE", help="also write the result there")
+    parser.set_defaults(run=_bench)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from .pipelines import save
+    from .pipelines.errors import BadInput, JobFailed
+    from .pipelines.generate import generate
+
+    job = _job(options)
+    report_path = Path(options.report) if options.report not in (None, "-") else None
+    if report_path:
+        save.check_writable(report_path, ".json")
+        if report_path.resolve() == job.output.resolve():
+            raise BadInput(f"--report {report_path}: that is the picture.")
+    progress = sys.stderr.isatty()
+    _quieten(progress)
+    result = generate(job, progress=progress)
+    print(_summary(result), file=sys.stderr if options.report == "-" else sys.stdout)
+    if options.report == "-":
+        print(json.dumps(_report(result), indent=2, ensure_ascii=False))
+    elif report_path:
+        try:
+            save.write_json(_report(result), report_path)
+        except OSError as error:
+            raise JobFailed(f"{report_path} could not be written: {error.strerror or error}") from error
+    return 0
+
+
+def _job(options: argparse.Namespace) -> Job:
+    from .pipelines import save, settings
+    from .pipelines.errors import BadInput
+    from .pipelines.generate import Job, from_record
+
+    fields: dict[str, Any] = from_record(save.read_record(Path(options.source))) if options.source else {}
+    if options.method is not None or options.set:
+        names = _names(options.method) if options.method is not None else list(fields.get("methods", {}))
+        changed = settings.parse(names, options.set)
+        stored = fields.get("methods", {})
+        fields["methods"] = {name: {**stored.get(name, {}), **values} for name, values in changed.items()}
+    for name in ("prompt", "model", "variant", "dtype", "device", "cpu_offload", "vae_tiling"):
+        if getattr(options, name) is not None:
+            fields[name] = getattr(options, name)
+    for name in ("width", "height", "steps", "guidance", "negative", "seed"):
+        if getattr(options, name) is not None:
+            fields[name] = getattr(options, name)
+    if "prompt" not in fields:
+        raise BadInput("no PROMPT given, and no --from FILE to take it from.")
+    if options.output:
+        output = Path(options.output)
+    else:
+        output = Path(f"attnswap-{datetime.datetime.now():%Y%m%d-%H%M%S}-{fields.get('seed', 0)}.png")
+    return Job(**fields, output=output)
+
+
+def _summary(result: Result) -> str:
+    job = result.job
+    peak = f", peak memory {result.peak_bytes / 2**20:.0f} MiB" if result.peak_bytes else ""
+    return "\n".join(
+        [
+            f"{job.output}: {job.width}x{job.height}, {job.steps} steps, seed {job.seed}",
+            f"{result.seconds:.1f} s on {result.device}{peak}",
+            str(result.report) if result.report else "dense attention (no --method)",
+        ]
+    )
+
+
+def _report(result: Result) -> dict[str, Any]:
+    return {
+        "file": str(result.job.output),
+        "seconds": result.seconds,
+        "peak_bytes": result.peak_bytes,
+        "job": result.record,
+        "report": result.report.to_dict() if result.report else None,
+    }
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from . import inspect, methods
+    from .accel.errors import UnsupportedModel
+    from .pipelines import load, settings, skeleton
+
+    names = _names(options.method) if options.method is not None else list(methods())
+    settings.parse(names, [])
+    _quieten(sys.stderr.isatty())
+    model = load.find(options.model, weights=False)
+    denoisers = skeleton.skeletons(model)
+    applicable = 0
+    for part, denoiser in denoisers.items():
+        for name in names:
+            try:
+                text = str(inspect(denoiser, name))
+                applicable += 1
+            except UnsupportedModel as error:
+                text = f"{name}: does not apply. {error}"
+            print(f"{part}: {text}")
+    if not applicable:
+        raise UnsupportedModel(f"no method applies to {model.name} ({', '.join(model.denoisers.values())}).")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .benchmarks import runner
+    from .pipelines import save
+    from .pipelines.errors import BadInput
+
+    if options.json:
+        save.check_writable(Path(options.json), ".json")
+    try:
+        result = runner.run(
+            options.op,
+            device=options.device,
+            dtype=options.dtype,
+            quick=options.quick,
+            progress=runner.print_progress,
+        )
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    print(result.table())
+    if options.json:
+        result.write(options.json)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .pipelines import doctor
+
+    print(doctor.screen())
+    return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _quieten(progress: bool) -> None:
+    """Libraries keep to warnings about this job, and draw bars only where somebody is looking."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    transformers.utils.logging.set_verbosity_error()  # its advice on optional packages is not for our users
+    if not progress:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong use is one line, not the whole usage."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from . import __version__
+
+        print(f"attnswap {__version__}")
+        parser.exit()
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"attnswap: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
