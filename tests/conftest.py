@@ -1,4 +1,4 @@
-"""Shared by all tests: no request leaves the machine, Triton runs without a GPU, and a tiny trained-by-nobody pipeline."""
+"""For all tests: no request leaves the machine, Triton runs without a GPU, and there is a tiny random pipeline."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -78,3 +78,12 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     import shutil
 
     return lambda folder: Path(shutil.copytree(folder, tmp_path / f"copy-of-{folder.name}"))
+
+
+@pytest.fixture
+def bundled_fake(tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a bundled model that is the tiny one."""
+    from attnswap.pipelines import load
+
+    monkeypatch.setattr(load, "BUNDLED", tiny_sd.parent)
+    return tiny_sd.name

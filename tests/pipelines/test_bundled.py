@@ -1,0 +1,37 @@
+"""Each bundled model works offline from its name alone, with the preset it ships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from attnswap.pipelines import load, presets
+from attnswap.pipelines.generate import Job, generate
+
+pytestmark = pytest.mark.skipif(not load.bundled(), reason="no model has been trained yet")
+
+
+@pytest.mark.parametrize("name", load.bundled())
+class TestEveryBundledModel:
+    def test_makes_a_picture_at_twice_its_native_side(self, name: str, tmp_path: Path) -> None:
+        side = 2 * (presets.read(load.find(name).folder).native_side or 0)
+        job = Job(prompt="a fox", output=tmp_path / "fox.png", model=name, width=side, height=side, steps=2)
+        result = generate(Job(**{**vars(job), "methods": {"hidiffusion": {}}}))
+        assert result.image.size == (side, side)
+        assert result.report is not None
+        assert result.report.to_dict()["density"] < 1
+
+    def test_ships_a_preset_and_a_card(self, name: str) -> None:
+        preset = presets.read(load.find(name).folder)
+        assert preset.native_side
+        assert preset.steps
+        assert preset.guidance
+        assert (load.find(name).folder / "README.md").is_file()
+
+    def test_is_small(self, name: str) -> None:
+        folder = load.find(name).folder
+        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 20e6
+
+
+def test_the_default_model_is_bundled() -> None:
+    assert Job(prompt="", output=Path()).model in load.bundled()
