@@ -39,8 +39,11 @@ class Schedule:
         position = (timestep.storage_offset() - self.timesteps.storage_offset()) // max(1, self.timesteps.stride(0))
         return position if 0 <= position < len(self) else None
 
-    def positions_of_value(self, value: float) -> list[int]:
-        return [i for i, t in enumerate(self.timesteps.tolist()) if t == value]
+    def positions_of(self, timestep: torch.Tensor | float) -> list[int]:
+        """The positions of elements equal to a timestep, in the precision the timestep has been cast to."""
+        timesteps = self.timesteps.to(timestep.dtype) if isinstance(timestep, torch.Tensor) else self.timesteps
+        value = _value(timestep)
+        return [i for i, t in enumerate(timesteps.tolist()) if t == value]
 
 
 def schedule_behind(timestep: torch.Tensor | float) -> Schedule | None:
@@ -86,7 +89,10 @@ class Clock:
 
     def set_timesteps(self, timesteps: torch.Tensor | Sequence[float]) -> None:
         """Begin a run over exactly these timesteps (own sampling loops; pipelines are understood without it)."""
-        as_tensor = torch.as_tensor(timesteps)
+        # Python's floats keep their precision, or a loop over them would not find itself in the list.
+        as_tensor = (
+            timesteps if isinstance(timesteps, torch.Tensor) else torch.as_tensor(timesteps, dtype=torch.float64)
+        )
         if as_tensor.ndim != 1 or as_tensor.numel() == 0:
             raise ValueError(f"timesteps must be a non-empty list, got shape {tuple(as_tensor.shape)}")
         self.run += 1
@@ -113,7 +119,7 @@ class Clock:
             step_index: the official step, where Diffusers gives one.
         """
         if step_index is not None:
-            self._tick_official(step_index, steps)
+            self._tick_official(step_index, branch, steps)
         else:
             located = self._locate(timestep, branch, schedule)
             if located is None:
@@ -144,16 +150,19 @@ class Clock:
     ) -> tuple[Schedule, int] | None:
         """Which list the timestep belongs to, and where in it. Identity (a view) is surer than an equal value."""
         if _one_element(timestep):
-            for known in (self._told, pipeline, self._schedule, schedule_behind(timestep)):
+            for known in (self._told, pipeline, self._schedule):
                 if known is not None and (position := known.position_of_view(timestep)) is not None:
                     return known, position
+            # Last, because it reads the list from the device.
+            if (behind := schedule_behind(timestep)) and (position := behind.position_of_view(timestep)) is not None:
+                return behind, position
         for known in (self._told, pipeline, self._schedule):
             if known is not None and (position := self._position_of_value(known, timestep, branch)) is not None:
                 return known, position
         return None
 
     def _position_of_value(self, schedule: Schedule, timestep: torch.Tensor | float, branch: object) -> int | None:
-        found = schedule.positions_of_value(_value(timestep))
+        found = schedule.positions_of(timestep)
         if not found or self.position is None or not self._continues(schedule):
             return found[0] if found else None
         # Second-order schedulers list a timestep twice: the same branch seen again means the next one of the two.
@@ -176,8 +185,9 @@ class Clock:
         self.step = position - self._start
         self.steps = steps if steps is not None else len(schedule) - self._start
 
-    def _tick_official(self, step_index: int, steps: int | None) -> None:
-        if self.step is not None and step_index < self.step:
+    def _tick_official(self, step_index: int, branch: object, steps: int | None) -> None:
+        aborted_at_once = step_index == 0 and branch in self._seen
+        if self.step is not None and (step_index < self.step or aborted_at_once):
             self.run += 1
             self._begin_run(None)
         elif step_index != self.step:
@@ -198,7 +208,9 @@ class Clock:
             pass  # another guidance branch of the same step
         else:
             direction = (value > last) - (value < last)
-            if self._direction and direction and direction != self._direction:
+            # Schedulers that repeat a timestep do not repeat the first: it comes again where a run was aborted at once.
+            aborted_at_once = not direction and self.step == 0
+            if aborted_at_once or (self._direction and direction and direction != self._direction):
                 self.run += 1
                 self._begin_run(self._schedule)
                 self.step = 0

@@ -16,6 +16,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .context import Clock, Schedule
 
@@ -83,6 +84,18 @@ class _Carrier(ModelHook):
         return module
 
 
+class _Announced:
+    """A model compiled in place (`model.compile()`), with a word to the observer before each call."""
+
+    def __init__(self, observer: Observer, compiled: Callable[..., Any]) -> None:
+        self._observer = observer
+        self.compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._observer._announce(self._observer.model, args, kwargs)
+        return self.compiled(*args, **kwargs)
+
+
 class Observer:
     """Ticks a clock at each call of `model` and then tells `on_call`, outside any compiled region.
 
@@ -109,7 +122,9 @@ class Observer:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._carrier: _Carrier | None = None
         self._undo: list[tuple[nn.Module, str]] = []
-        self._hook = (entry or model).register_forward_pre_hook(self._before, with_kwargs=True)
+        self._announced = False
+        self._watch_compiled()
+        self._hook = (model if entry is None else entry).register_forward_pre_hook(self._before, with_kwargs=True)
         if hasattr(model, "cache_context"):
             self._install_carrier()
         else:
@@ -126,6 +141,7 @@ class Observer:
 
     def remove(self) -> None:
         self._hook.remove()
+        self._unwatch_compiled()
         if self._carrier is not None:
             self._remove_carrier()
         vars(self.model).pop("_reset_stateful_cache", None)
@@ -142,11 +158,27 @@ class Observer:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._announced:
+            self._announced = False
+            return None
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "attnswap was enabled before torch.compile of the whole model, so the denoising step would be frozen "
-                "into the graph. Compile first and enable afterwards, or use compile_repeated_blocks()."
+                "attnswap cannot see the denoising step from inside a compiled graph: use torch.compile(model) or "
+                "compile_repeated_blocks(), or call model.compile() before enabling"
             )
+        call = self._tick(args, kwargs)
+        return ((), call.arguments) if call.edited else None
+
+    def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The same from outside a graph that holds the whole model, where the hook itself is traced."""
+        if any(isinstance(x, FakeTensor) for x in (*args, *kwargs.values())):
+            return  # being traced as a part of something larger
+        call = self._tick(args, kwargs)
+        if call.edited:
+            kwargs.update({name: value for name, value in call.arguments.items() if name in kwargs})
+        self._announced = True
+
+    def _tick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = Call.of(self.model, args, kwargs)
         official = None if self._carrier is None else self._carrier.context
         schedule, steps = self.schedule()
@@ -158,7 +190,23 @@ class Observer:
             step_index=None if official is None else official.step_index,
         )
         self._on_call(call)
-        return ((), call.arguments) if call.edited else None
+        return call
+
+    def _watch_compiled(self) -> None:
+        """Be told of calls of a whole compiled model before its graph runs."""
+        attributes = vars(self.model)
+        if (compiled := attributes.get("_compiled_call_impl")) is not None:
+            attributes["_compiled_call_impl"] = _Announced(self, compiled)
+        # What a later `torch.compile(model)` asks of a lazy module before each call, outside the graph.
+        attributes["_initialize_hook"] = True
+        attributes["_infer_parameters"] = self._announce
+
+    def _unwatch_compiled(self) -> None:
+        attributes = vars(self.model)
+        if isinstance(wrapped := attributes.get("_compiled_call_impl"), _Announced):
+            attributes["_compiled_call_impl"] = wrapped.compiled
+        for name in ("_initialize_hook", "_infer_parameters"):
+            attributes.pop(name, None)
 
     def _install_carrier(self) -> None:
         child = _carrier_child(self.model)
