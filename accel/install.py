@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -71,20 +72,22 @@ class Installation:
         )
         self._pipeline = None  # from here on the observer knows it, weakly
         for slot in self.slots.values():
-            slot.processor = self.family.processor()
-            slot.processor.slot = slot
+            self._occupy(slot, put=not passive)
         if not passive:
             for strategy in self.strategies:
                 strategy.install()
-            self._arm()
 
     def remove(self) -> None:
         """Take everything out: the same processor objects, no hook and no attribute is left."""
-        for slot in self.slots.values():
-            if slot.module.processor is slot.processor:
+        for name, slot in self.slots.items():
+            if isinstance(slot.module.processor, self.family.processor):
                 set_processor(slot.module, slot.original)
             # Whoever kept our processor (a saved dictionary, say) keeps the original behaviour.
             slot.layout.plan = None
+            # What `unfuse_qkv_projections` will put back, if projections were fused meanwhile.
+            saved = getattr(self.model, "original_attn_processors", None) or {}
+            if isinstance(ours := saved.get(f"{name}.processor"), self.family.processor):
+                saved[f"{name}.processor"] = slot.original if ours.slot is None else ours.slot.original
         for strategy in reversed(self.strategies):
             strategy.remove()
         if self._observer is not None:
@@ -123,6 +126,14 @@ class Installation:
         ours = isinstance(processor, self.family.processor) and processor.slot is not None
         return processor.slot.original if ours else processor
 
+    def _occupy(self, slot: Slot, *, put: bool = True) -> Slot:
+        """Give a slot a processor of its own, so that each keeps the original it stands for."""
+        slot.processor = self.family.processor()
+        slot.processor.slot = slot
+        if put:
+            set_processor(slot.module, slot.processor)
+        return slot
+
     def _begin(self, call: Call) -> None:
         if not self._arm():
             return
@@ -141,27 +152,28 @@ class Installation:
             isinstance(slot.module.processor, self.family.processor) for slot in self.slots.values()
         ):
             return False
-        for slot in self.slots.values():
+        for name, slot in self.slots.items():
             current = slot.module.processor
             if current is slot.processor:
                 continue
             if isinstance(current, self.family.processor):
-                if current.slot is not None:
-                    slot.original = current.slot.original
-                current.slot, slot.processor = slot, current
-                self.recorder.note(f"{slot.name}: processor was re-created and armed again")
+                if current.slot is not None and current.slot.layout is slot.layout:
+                    # One of our own is back, with the original it stands for: projections were unfused.
+                    self.slots[name] = current.slot
+                else:
+                    self.recorder.note("a processor was re-created and armed again")
+                    self.slots[name] = self._occupy(replace(slot))
             elif self._passive:
-                slot.layout.plan = None
+                continue
             elif isinstance(current, nn.Module):
-                slot.layout.plan = None
                 self.recorder.note(
-                    f"{slot.name} runs dense: replaced by {type(current).__name__}, which holds weights", warn=True
+                    f"a layer runs dense: its processor was replaced by {type(current).__name__}, which holds weights",
+                    warn=True,
                 )
             else:
                 if current is not slot.original:
-                    self.recorder.note(f"{slot.name}: {type(current).__name__} was put in its place and is now wrapped")
-                    slot.original = current
-                set_processor(slot.module, slot.processor)
+                    self.recorder.note(f"{type(current).__name__} was put in place of a processor and is now wrapped")
+                self.slots[name] = self._occupy(replace(slot, original=current))
         return True
 
 

@@ -90,9 +90,14 @@ def enable(target: Any, method: Method) -> Handle:
         for model, entry in denoisers
     ]
     disable(target)
-    for installation in planned:
-        installation.install()
-    return Handle(planned, clock)
+    handle = Handle(planned, clock)
+    try:
+        for installation in planned:
+            installation.install()
+    except BaseException:
+        handle.disable()
+        raise
+    return handle
 
 
 def disable(target: Any) -> None:
@@ -163,7 +168,7 @@ def attn_processors(model: nn.Module, method: Method) -> dict[str, Any]:
 
 
 def _configs(method: Method) -> list[Config]:
-    given = [method] if isinstance(method, str | Config) else list(method)
+    given = list(method) if isinstance(method, list | tuple) else [method]
     configs = sorted((config_of(entry) for entry in given), key=lambda config: config.name)
     check_combination(configs)
     return configs

@@ -52,13 +52,16 @@ class UNetAttnProcessor(AttnProcessor2_0):
                 return slot.original(attn, tokens, None, mask, temb, *args, **kwargs)
 
             return slot.strategy.around(run, hidden_states, attention_mask, slot.layout)
-        query, key, value = project(attn, hidden_states)
+        query, key, value = project(attn, hidden_states, fused=isinstance(slot.original, FusedAttnProcessor2_0))
         return finish(attn, slot.strategy.attend(query, key, value, slot.layout, slot.context), hidden_states)
 
 
-def project(attn: Attention, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value `[B, S, H, D]` of self-attention; calls the modules, so LoRA and offloading take part."""
-    if attn.fused_projections:
+def project(attn: Attention, hidden_states: Tensor, *, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value `[B, S, H, D]` of self-attention; calls the modules, so LoRA and offloading take part.
+
+    The processor says whether projections are fused: unfusing leaves the fused weights, then stale, on the module.
+    """
+    if fused:
         query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
     else:
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)

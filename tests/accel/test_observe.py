@@ -10,17 +10,13 @@ import pytest
 import torch
 
 from . import tiny, tiny_dit
+from .slim import slim
 from .watching import Watch, branches_of, lengths_of, runs_of, steps_of, unchanged
-
-
-def slim_sd15(**more: Any) -> Any:
-    return tiny.sd15(tiny.sd15_unet(layers_per_block=1), **more)
-
 
 TWO_CALLS = {"wan", "flux", "kontext", "qwen_image"}
 MAKERS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
-    "sd15": lambda: (slim_sd15(), {}),
-    "sdxl": lambda: (tiny.sdxl(tiny.sdxl_unet(layers_per_block=1, transformer_layers_per_block=1)), {}),
+    "sd15": lambda: (slim("sd15"), {}),
+    "sdxl": lambda: (slim("sdxl"), {}),
     **tiny_dit.PIPELINES,
 }
 
@@ -111,7 +107,7 @@ REPEATING = {
 @pytest.mark.parametrize("scheduler", REPEATING, ids=lambda cls: cls.__name__)
 def test_timesteps_that_repeat_are_steps_of_their_own(scheduler: Any, bare: bool) -> None:
     changes, entries = REPEATING[scheduler]
-    pipe = slim_sd15(scheduler=scheduler(**changes))
+    pipe = slim("sd15", scheduler=scheduler(**changes))
     watch = Watch(pipe.unet if bare else pipe)
     for _ in range(2):
         calls = watch.of(lambda: tiny.run(pipe, side=8, steps=3))
@@ -122,7 +118,7 @@ def test_timesteps_that_repeat_are_steps_of_their_own(scheduler: Any, bare: bool
 
 @pytest.mark.parametrize("bare", [False, True], ids=["pipeline", "denoiser"])
 def test_image_to_image_counts_the_steps_it_runs(bare: bool) -> None:
-    pipe = slim_sd15(cls=diffusers.StableDiffusionImg2ImgPipeline)
+    pipe = slim("sd15", cls=diffusers.StableDiffusionImg2ImgPipeline)
     watch = Watch(pipe.unet if bare else pipe)
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     for strength, run in ((0.5, 2), (0.8, 4), (1.0, 5), (0.2, 1)):
@@ -132,7 +128,7 @@ def test_image_to_image_counts_the_steps_it_runs(bare: bool) -> None:
 
 
 def test_the_position_before_truncation_is_known_as_well() -> None:
-    pipe = slim_sd15(cls=diffusers.StableDiffusionImg2ImgPipeline)
+    pipe = slim("sd15", cls=diffusers.StableDiffusionImg2ImgPipeline)
     watch, places = Watch(pipe), []
     pipe.unet.register_forward_pre_hook(lambda *_: places.append((watch.clock.position, watch.clock.total)))
     tiny.run(pipe, steps=10, image=torch.rand(1, 3, 64, 64), strength=0.3)
@@ -140,7 +136,7 @@ def test_the_position_before_truncation_is_known_as_well() -> None:
 
 
 def test_a_run_that_ends_early_counts_the_steps_it_runs() -> None:
-    pipe = tiny.sdxl()
+    pipe = slim("sdxl")
     calls = Watch(pipe).of(lambda: tiny.run(pipe, side=8, steps=10, denoising_end=0.6))
     assert steps_of(calls) == [0, 1, 2, 3, 4, 5]
     assert lengths_of(calls) == {6}
