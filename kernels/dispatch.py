@@ -205,7 +205,7 @@ def triton_ready(device: torch.device) -> Verdict:
     if not _triton_is_installed():
         return Verdict(False, "triton is not installed")
     if device.type != "cuda":
-        if _triton_interprets():
+        if triton_interprets():
             return Verdict(True, "the triton interpreter is on (TRITON_INTERPRET)")
         return Verdict(False, f"the tensors are on {device}, not on a CUDA or ROCm GPU")
     if torch.version.hip is None:
@@ -220,7 +220,8 @@ def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton_interprets() -> bool:
+def triton_interprets() -> bool:
+    """Whether Triton kernels are interpreted on the CPU instead of compiled, as TRITON_INTERPRET=1 asks."""
     if "TRITON_INTERPRET" not in os.environ:  # spares processes without a GPU the import
         return False
     from triton import knobs
