@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +122,22 @@ class TestGenerate:
     def test_draws_no_progress_bar_where_nobody_looks(self, attnswap: Cli, tiny_sd: Path) -> None:
         _, _, err = attnswap("generate", "a fox", "-m", tiny_sd, "--steps", 1, "-o", "fox.png")
         assert "%" not in err
+
+    def test_draws_one_for_a_run_of_more_than_two_seconds(
+        self, attnswap: Cli, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from diffusers import UNet2DConditionModel
+
+        forward = UNet2DConditionModel.forward
+
+        def slow(*arguments: Any, **named: Any) -> Any:
+            time.sleep(0.8)
+            return forward(*arguments, **named)
+
+        monkeypatch.setattr(UNet2DConditionModel, "forward", slow)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        _, _, err = attnswap("generate", "a fox", "-m", tiny_sd, "--steps", 4, "-o", "fox.png")
+        assert "4/4" in err
 
 
 @pytest.mark.usefixtures("no_steps")
