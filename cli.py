@@ -104,9 +104,13 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_bench(commands: Any) -> None:
     parser = commands.add_parser(
-        "bench", help="time the kernels on this machine", description="Time each op against the best dense baseline."
+        "bench",
+        help="time the kernels, or a model, on this machine",
+        description="Time the kernels, or a whole model with every method, against dense attention.",
     )
-    parser.add_argument("--op", action="append", metavar="NAME", help="an op to time; again for more (default: all)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--op", action="append", metavar="NAME", help="an op to time; again for more (default: all)")
+    what.add_argument("--model", metavar="MODEL", help="time this model instead: bundled name, folder or Hub id")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="time every case in this dtype")
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds: not for quoting")
@@ -212,20 +216,19 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .benchmarks import runner
+    from .benchmarks import models, runner
     from .pipelines import save
     from .pipelines.errors import BadInput
 
     if options.json:
         save.check_writable(Path(options.json), ".json")
+    how = {"device": options.device, "dtype": options.dtype, "quick": options.quick}
     try:
-        result = runner.run(
-            options.op,
-            device=options.device,
-            dtype=options.dtype,
-            quick=options.quick,
-            progress=runner.print_progress,
-        )
+        if options.model:
+            _quieten(sys.stderr.isatty())
+            result = models.run(options.model, **how, progress=runner.print_progress)
+        else:
+            result = runner.run(options.op, **how, progress=runner.print_progress)
     except ValueError as error:
         raise BadInput(str(error)) from error
     print(result.table())

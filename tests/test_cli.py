@@ -316,22 +316,33 @@ class TestDoctor:
 
 
 class TestBench:
+    class Result:
+        def table(self) -> str:
+            return "the table"
+
+        def write(self, path: str) -> None:
+            Path(path).write_text("{}")
+
     def test_prints_a_table_and_writes_json(self, attnswap: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         from attnswap.benchmarks import runner
 
-        class Result:
-            def table(self) -> str:
-                return "the table"
-
-            def write(self, path: str) -> None:
-                Path(path).write_text("{}")
-
-        asked: dict[str, object] = {}
-        monkeypatch.setattr(runner, "run", lambda ops, **rest: asked.update(ops=ops, **rest) or Result())
+        asked: list[object] = []
+        monkeypatch.setattr(runner, "run", lambda ops, **_: asked.append(ops) or self.Result())
         status, out, _ = attnswap("bench", "--op", "window_attention", "--quick", "--json", "b.json")
         assert (status, out) == (0, "the table\n")
-        assert asked["ops"] == ["window_attention"]
+        assert asked == [["window_attention"]]
         assert Path("b.json").exists()
+
+    def test_times_a_model(self, attnswap: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        from attnswap.benchmarks import models
+
+        asked: list[object] = []
+        monkeypatch.setattr(models, "run", lambda model, **_: asked.append(model) or self.Result())
+        assert attnswap("bench", "--model", "emoji-sd")[0] == 0
+        assert asked == ["emoji-sd"]
+
+    def test_unknown_model(self, attnswap: Cli) -> None:
+        refused(attnswap("bench", "--model", "./nothing"), "./nothing")
 
     def test_unknown_op_with_near_matches(self, attnswap: Cli) -> None:
         refused(attnswap("bench", "--op", "windw_attention"), "window_attention")
