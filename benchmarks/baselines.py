@@ -23,9 +23,11 @@ SDPA_BACKENDS: Mapping[str, Mapping[str, SDPBackend]] = {
 MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def heads_first(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def heads_first(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Heads-last `[B, S, H, D]` as the `[B, H, S, D]` view that PyTorch's attention takes, as Diffusers does."""
-    return tuple(tensor.transpose(1, 2) for tensor in tensors)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def dense_sdpa(device: torch.device) -> tuple[Contender, ...]:

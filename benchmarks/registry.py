@@ -56,8 +56,8 @@ class Prepared:
     `restore` brings what `call` returned into the layout of the op's own output, for the check.
     """
 
-    call: Callable[[], torch.Tensor]
-    restore: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda output: output)
+    call: Callable[[], Any]
+    restore: Callable[[Any], torch.Tensor] = field(default=lambda output: output)
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -108,7 +109,7 @@ def contenders(device: torch.device) -> tuple[Contender, ...]:
     return (*ours, *same, *dense_sdpa(device))
 
 
-def _geometry(case: Case) -> dict[str, tuple[int, int]]:
+def _geometry(case: Case) -> dict[str, Any]:
     return {name: tuple(case.shape[name]) for name in ("grid", "windows", "shift")}
 
 
