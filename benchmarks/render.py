@@ -1,4 +1,4 @@
-"""Renders docs/benchmarks.md from the JSON files in benchmarks/results/: `python -m attnswap.benchmarks.render`."""
+"""Renders docs/benchmarks.md from the timings in benchmarks/results/: `python -m attnswap.benchmarks.render`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .result import Measurement, Record, Result
 from .table import HEADINGS, LEGEND, case_title, cells, not_timed
 
 RESULTS = ROOT / "benchmarks" / "results"
+FILES = ("cpu-*.json", "gpu-*.json", "model-*.json")
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 # A load average above this share of the cores means that others were at work.
@@ -19,10 +20,11 @@ BUSY = 0.3
 INTRODUCTION = """\
 # Benchmarks
 
-<!-- Rendered from benchmarks/results/*.json by `python -m attnswap.benchmarks.render`. Do not edit. -->
+<!-- Rendered from benchmarks/results/ by `python -m attnswap.benchmarks.render`. Do not edit. -->
 
 How fast the operations in `attnswap.kernels` are, against what PyTorch offers for the same tensors. Every figure on
-this page comes from a JSON file in `benchmarks/results/`, written by a command at the end of this page."""
+this page comes from a file `benchmarks/results/cpu-*.json`, `gpu-*.json` or `model-*.json`, written by a command that
+stands at the end of this page."""
 
 METHOD = f"""\
 ## How it is measured
@@ -43,6 +45,8 @@ METHOD = f"""\
   bytes (inputs read once, output written once) over the bandwidth, whichever takes longer. Peak and bandwidth are
   measured in the same run, with a large matrix product of the same dtype and a large copy; no data sheet is involved.
   The exponentials of the softmax are left out, so that 100% is out of reach.
+- **Whole models.** A table that names a model times one call of its denoiser at the first step of a run, stock against
+  each method with the settings that the model ships. Swapping in and out is not timed; only time is compared.
 - **Nothing dropped.** A contender that could not run stands below its table with the reason.
 
 {LEGEND}"""
@@ -78,7 +82,8 @@ def render(results: Mapping[str, Result]) -> str:
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, Result]:
-    return {path.name: Result.read(path) for path in sorted(folder.glob("*.json"))}
+    """The timings in `folder`, by file name; files of other names hold other things and have pages of their own."""
+    return {path.name: Result.read(path) for name in FILES for path in folder.glob(name)}
 
 
 def _section(result: Result) -> str:
@@ -100,7 +105,7 @@ def _section_lines(result: Result) -> Iterator[str]:
     if result.quick:
         yield "- **A quick run**: few rounds, to see that it works, not to quote"
     if device["type"] == "cpu" and device["load_average"] > BUSY * device["cores"]:
-        yield "- **The machine was busy with other work** at the time: trust the ratios, not the milliseconds"
+        yield "- **The machine was busy with other work** at the time: only the ratios between contenders mean anything"
     for benchmark in dict.fromkeys(record.benchmark for record in result.records):
         yield from ("", f"#### {benchmark}")
         for record in result.records:

@@ -47,3 +47,9 @@ def test_what_was_not_timed_stands_below_its_table_with_the_reason(result):
 def test_a_busy_machine_is_said_to_have_been_busy(result, load, said):
     busy = replace(result, device={**result.device, "cores": 4, "load_average": load})
     assert ("The machine was busy" in render.render({"cpu": busy})) is said
+
+
+def test_only_timings_are_read_from_the_folder_of_results(result, tmp_path):
+    result.write(tmp_path / "cpu-2000-01-01.json")
+    (tmp_path / "pictures.json").write_text("{}")
+    assert list(render.read_results(tmp_path)) == ["cpu-2000-01-01.json"]
