@@ -127,7 +127,7 @@ class Observer:
         self._hook = (model if entry is None else entry).register_forward_pre_hook(self._before, with_kwargs=True)
         if hasattr(model, "cache_context"):
             self._install_carrier()
-        else:
+        elif not hasattr(model, "_reset_stateful_cache"):
             # `DiffusionPipeline.maybe_free_model_hooks` calls this at the end of a run if it is there.
             vars(model)["_reset_stateful_cache"] = clock.reset
 
@@ -144,7 +144,8 @@ class Observer:
         self._unwatch_compiled()
         if self._carrier is not None:
             self._remove_carrier()
-        vars(self.model).pop("_reset_stateful_cache", None)
+        if vars(self.model).get("_reset_stateful_cache") == self.clock.reset:
+            del self.model._reset_stateful_cache
 
     def schedule(self) -> tuple[Schedule | None, int | None]:
         """The pipeline's list of timesteps and how many of them it says it runs."""
@@ -235,11 +236,11 @@ class Observer:
 
 
 def _carrier_child(model: nn.Module) -> nn.Module:
-    """A module outside the repeated blocks that nobody else hooks: one without parameters, else the first child."""
+    """A module outside the repeated blocks that nobody else hooks: one without tensors, else the first child."""
     children = [child for child in model.children() if not isinstance(child, nn.ModuleList)]
     for child in children:
         for module in child.modules():
-            if not any(True for _ in module.parameters()) and not any(True for _ in module.children()):
+            if not any(True for _ in (*module.parameters(), *module.buffers(), *module.children())):
                 return module
     for child in children:
         if any(True for _ in child.parameters()):
