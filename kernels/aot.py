@@ -84,8 +84,8 @@ def _nvidia_registers(compiled: Any) -> tuple[int, int]:
 
 def _amd_registers(compiled: Any) -> tuple[int, int]:
     """Vector registers, and those of them that spill; scalar registers spill into vector ones, not into memory."""
-    text = compiled.asm["amdgcn"]
-    return tuple(int(re.search(rf"\.{field}:\s+(\d+)", text).group(1)) for field in ("vgpr_count", "vgpr_spill_count"))
+    counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"]))
+    return int(counts["vgpr_count"]), int(counts["vgpr_spill_count"])
 
 
 def problems(entry: Shipped, usage: Usage) -> list[str]:

@@ -262,7 +262,7 @@ def window_attention(
     programs = triton.cdiv(longest, config.block_m) * rows * columns * heads * batch
     with torch.cuda.device_of(query):
         window_attention_kernel[(programs,)](
-            query, key, value, key_mask.contiguous().view(torch.uint8) if masked else None,
+            query, key, value, None if key_mask is None else key_mask.contiguous().view(torch.uint8),
             shift if in_memory else None, out,
             *(stride // alignment for stride in strides),
             shift_y, shift_x, heads, height, width, rows, columns, scale * math.log2(math.e),
