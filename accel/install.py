@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -72,6 +73,7 @@ class Installation:
         )
         self._pipeline = None  # from here on the observer knows it, weakly
         for slot in self.slots.values():
+            slot.original = slot.module.processor  # while this was planned, another method may still have been in place
             self._occupy(slot, put=not passive)
         if not passive:
             for strategy in self.strategies:
@@ -113,23 +115,20 @@ class Installation:
                 if isinstance(module.processor, nn.Module):
                     reasons[name] = f"{type(module.processor).__name__} holds weights and is kept"
                 else:
-                    original = self._original(module.processor)
-                    slots[name] = Slot(module, original, strategy, self.context, Layout(name))
+                    slots[name] = Slot(module, module.processor, strategy, self.context, Layout(name))
                     reasons[name] = reason
         for name in layers:
             reason = reasons.get(name) or "; ".join(dict.fromkeys(s.why_not(name) for s in self.strategies))
             self.recorder.layers[name] = LayerRecord(LayerPlan(name, name in slots, reason))
         return slots
 
-    def _original(self, processor: Any) -> Any:
-        """The processor below ours, where a method is still enabled while another is planned."""
-        ours = isinstance(processor, self.family.processor) and processor.slot is not None
-        return processor.slot.original if ours else processor
-
     def _occupy(self, slot: Slot, *, put: bool = True) -> Slot:
         """Give a slot a processor of its own, so that each keeps the original it stands for."""
         slot.processor = self.family.processor()
         slot.processor.slot = slot
+        if _names(slot.original) - _names(slot.processor):
+            # `Attention.forward` hands on those arguments only that the signature of `processor.__call__` names.
+            vars(slot.processor)["__call__"] = slot.original.__call__
         if put:
             set_processor(slot.module, slot.processor)
         return slot
@@ -175,6 +174,10 @@ class Installation:
                     self.recorder.note(f"{type(current).__name__} was put in place of a processor and is now wrapped")
                 self.slots[name] = self._occupy(replace(slot, original=current))
         return True
+
+
+def _names(processor: Any) -> set[str]:
+    return set(inspect.signature(processor.__call__).parameters)
 
 
 def set_processor(module: nn.Module, processor: Any) -> None:

@@ -119,7 +119,7 @@ class Observer:
         self.model = model
         self.clock = clock
         self._on_call = on_call
-        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._pipeline = None if pipeline is None else _weakly(pipeline)
         self._carrier: _Carrier | None = None
         self._undo: list[tuple[nn.Module, str]] = []
         self._announced = False
@@ -233,6 +233,22 @@ class Observer:
             if not in_use:
                 vars(module).pop(name, None)
         self._carrier = None
+
+
+def forget_cached_features(model: nn.Module) -> None:
+    """Empty Diffusers' caches: what they keep of earlier calls has other sizes from now on."""
+    for module in model.modules():
+        registry = vars(module).get("_diffusers_hook")
+        for name, hook in registry.hooks.items() if registry is not None else ():
+            if hook._is_stateful and name != _CARRIER:
+                hook.reset_state(module)
+
+
+def _weakly(target: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(target)
+    except TypeError:  # a plain holder of a denoiser
+        return lambda: target
 
 
 def _carrier_child(model: nn.Module) -> nn.Module:

@@ -41,15 +41,17 @@ class UNetAttnProcessor(AttnProcessor2_0):
         slot = self.slot
         if slot is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+        # Not every processor takes a time embedding.
+        rest = (temb, *args) if args or temb is not None else ()
         plan = slot.layout.plan
         if plan is None or not _is_token_self_attention(slot, hidden_states, encoder_hidden_states, attention_mask):
             slot.count(hidden_states, None)
-            return slot.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+            return slot.original(attn, hidden_states, encoder_hidden_states, attention_mask, *rest, **kwargs)
         slot.count(hidden_states, plan.pairs)
         if plan.around or attention_mask is not None or not _is_plain(attn, slot.original):
 
             def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
-                return slot.original(attn, tokens, None, mask, temb, *args, **kwargs)
+                return slot.original(attn, tokens, None, mask, *rest, **kwargs)
 
             return slot.strategy.around(run, hidden_states, attention_mask, slot.layout)
         query, key, value = project(attn, hidden_states, fused=isinstance(slot.original, FusedAttnProcessor2_0))
