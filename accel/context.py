@@ -57,7 +57,7 @@ def schedule_behind(timestep: torch.Tensor | float) -> Schedule | None:
     length = storage.nbytes() // timestep.element_size()
     if length < 2:
         return None
-    whole = torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(storage, 0, (length,))
+    whole = torch.empty(0, dtype=timestep.dtype, device=timestep.device).set_(storage, 0, (length,), (1,))
     steps = whole.diff()
     # A list of timesteps runs one way; anything else is some other tensor that the timestep happens to live in.
     if not (bool((steps <= 0).all()) or bool((steps >= 0).all())) or bool((steps == 0).all()):
@@ -79,6 +79,7 @@ class Clock:
     def __init__(self) -> None:
         self.run = 0
         self._told: Schedule | None = None
+        self._last: torch.Tensor | float | None = None
         self._begin_run(None)
 
     def reset(self) -> None:
@@ -141,7 +142,7 @@ class Clock:
         self._schedule = schedule
         self._start = 0
         self._direction = 0
-        self._last: torch.Tensor | float | None = None
+        self._last = None
         self._seen: set[object] = set()
         self._branches: dict[object, int] = {}
 
