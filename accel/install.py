@@ -106,7 +106,7 @@ class Installation:
     def _schedule(self) -> Any:
         return (None, None) if self._observer is None else self._observer.schedule()
 
-    def _plan(self, layers: Mapping[str, nn.Module]) -> dict[str, Slot]:
+    def _plan(self, layers: Mapping[str, Any]) -> dict[str, Slot]:
         slots: dict[str, Slot] = {}
         reasons: dict[str, str] = {}
         for strategy in self.strategies:
@@ -180,7 +180,7 @@ def _names(processor: Any) -> set[str]:
     return set(inspect.signature(processor.__call__).parameters)
 
 
-def set_processor(module: nn.Module, processor: Any) -> None:
+def set_processor(module: Any, processor: Any) -> None:
     """Give an attention layer a processor, in the way its class wants it."""
     if hasattr(module, "set_processor"):
         module.set_processor(processor)

@@ -72,7 +72,7 @@ class _Carrier(ModelHook):
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
-        self.manager = StateManager(_NoState)
+        self.manager = StateManager(_NoState)  # type: ignore[arg-type]
         self._clock = clock
 
     @property

@@ -168,7 +168,7 @@ def attn_processors(model: nn.Module, method: Method) -> dict[str, Any]:
 
 
 def _configs(method: Method) -> list[Config]:
-    given = list(method) if isinstance(method, list | tuple) else [method]
+    given: list[Any] = list(method) if isinstance(method, list | tuple) else [method]
     configs = sorted((config_of(entry) for entry in given), key=lambda config: config.name)
     check_combination(configs)
     return configs

@@ -123,7 +123,8 @@ def background_colour(picture: np.ndarray, reference: Reference) -> str | None:
         ]
     )
     seen = np.median(border, axis=0)
-    choices = {None: reference.plain, **reference.colours}
+    choices: dict[str | None, tuple[int, ...]] = {None: reference.plain}
+    choices.update(reference.colours)
     return min(choices, key=lambda name: float(np.square(np.array(choices[name]) / 255 - seen).sum()))
 
 

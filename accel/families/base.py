@@ -44,7 +44,7 @@ class Slot:
         processor: ours.
     """
 
-    module: nn.Module
+    module: Any
     original: Any
     strategy: Strategy
     context: Context
@@ -85,10 +85,10 @@ class Family:
     name: str
     model_class: str
     self_attention: Callable[[str], bool]
-    processor: type
+    processor: type[Any]
     size: Callable[[dict[str, Any]], tuple[int, ...]]
 
 
-def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every attention layer of a model by its dotted name."""
+def attention_layers(model: nn.Module) -> dict[str, Any]:
+    """Every attention layer of a model by its dotted name; each has a `processor`."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _ATTENTION_CLASSES)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Family, Slot
 
@@ -142,7 +142,7 @@ class UNetSizes:
     transformers: dict[str, Size]
 
 
-def unet_sizes(unet: nn.Module, size: Size, *, quartered: int | None = None, pooled: int | None = None) -> UNetSizes:
+def unet_sizes(unet: Any, size: Size, *, quartered: int | None = None, pooled: int | None = None) -> UNetSizes:
     """Sizes inside a U-Net for a latent of `size`.
 
     Args:
