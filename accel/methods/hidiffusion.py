@@ -20,8 +20,8 @@ from ...kernels.window_attention import from_windows, to_windows, window_groups
 from ..context import Context
 from ..families import unet_seams as seams
 from ..families.base import Family, Layout
-from ..families.unet import Size, unet_sizes
-from ..observe import Call
+from ..families.unet import Size, UNetSizes, unet_sizes
+from ..observe import Call, forget_cached_features
 from . import hidiffusion_schedule as schedule
 from .base import Config, Strategy
 from .hidiffusion_structure import Structure, structure_of
@@ -81,7 +81,8 @@ class HiDiffusion(Config):
     def __post_init__(self) -> None:
         if isinstance(self.family, str):
             object.__setattr__(self, "family", self.family.replace("_", "-"))
-        object.__setattr__(self, "windows", tuple(self.windows))
+        if isinstance(self.windows, list):
+            object.__setattr__(self, "windows", tuple(self.windows))
         _check_one_of("odd_grids", self.odd_grids, ("exact", "resize"))
         _check_one_of("by", self.by, ("steps", "noise"))
         _check_one_of("controlnet_resize", self.controlnet_resize, ("nearest", "area", "bicubic"))
@@ -92,9 +93,10 @@ class HiDiffusion(Config):
         for name in ("raunet", "window_attention", "round_up"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if len(self.windows) != 2 or not all(_is_int(side) and side >= 1 for side in self.windows):
-            raise ValueError(f"windows must be two numbers of at least 1, got {self.windows}")
-        if not _is_number(self.active_above) or self.active_above < 0:
+        pair = isinstance(self.windows, tuple) and len(self.windows) == 2
+        if not pair or not all(_is_int(side) and side >= 1 for side in self.windows):
+            raise ValueError(f"windows must be two whole numbers of at least 1, got {self.windows!r}")
+        if not _is_number(self.active_above) or not self.active_above >= 0:
             raise ValueError(f"active_above must be a number of at least 0, got {self.active_above!r}")
         if not _is_int(self.seed):
             raise ValueError(f"seed must be a whole number, got {self.seed!r}")
@@ -142,7 +144,9 @@ class HiDiffusionStrategy(Strategy):
         self._pool_on = False
         self._edits: list[Any] = []
         self._controlnet = getattr(pipeline, "controlnet", None)
+        self._has_controlnet = self._controlnet is not None
         self._run: tuple[Any, ...] | None = None
+        self._sizes: UNetSizes | None = None
         context.recorder.remarks["structure"] = str(self.structure)
 
     # What is accelerated.
@@ -173,6 +177,7 @@ class HiDiffusionStrategy(Strategy):
             self._edits.append(seams.UpsampleToSkips(self.model))
         if self._controlnet is not None:
             self._edits.append(seams.ControlNetSeam(self._controlnet, self._begin_controlnet))
+            self._controlnet = None  # a copy of the U-Net must not carry the weights of another model
 
     def beyond_attention(self) -> str:
         return "resolution-aware U-Net" if self.config.raunet else ""
@@ -185,6 +190,7 @@ class HiDiffusionStrategy(Strategy):
     def reset(self) -> None:
         self._conv_on = self._pool_on = False
         self._run = None
+        self._sizes = None
 
     def _conv_is_on(self) -> bool:
         return self._conv_on
@@ -213,10 +219,13 @@ class HiDiffusionStrategy(Strategy):
             quartered=self.structure.places.conv if self._conv_on else None,
             pooled=self.structure.places.pool if self._pool_on else None,
         )
+        if sizes != self._sizes:
+            self._sizes = sizes
+            forget_cached_features(self.model)
         for name, layout in layouts.items():
             layout.grid = sizes.transformers[name.partition(".transformer_blocks.")[0]]
             layout.plan = self._window_plan(name.removesuffix(".attn1"), layout.grid)
-        if self._controlnet is not None and self._controlnet_has_ended():
+        if self._has_controlnet and self._controlnet_has_ended():
             for name in ("down_block_additional_residuals", "mid_block_additional_residual"):
                 call.set(name, None)
             self.context.recorder.note(f"ControlNet left out after {self.config.controlnet_end:g} of the steps")
@@ -249,7 +258,7 @@ class HiDiffusionStrategy(Strategy):
         assert grid is not None
         self.context.recorder.ran_on(layout.layer, "original processor in windows")
         if plan.around:
-            resized_to = _even(grid, plan.windows)
+            resized_to: tuple[int, ...] = _even(grid, plan.windows)
             hidden_states = _resize_tokens(hidden_states, grid, resized_to)
             mask = None if mask is None else _resize_tokens(mask.transpose(1, 2), grid, resized_to).transpose(1, 2)
         else:
@@ -334,6 +343,10 @@ class HiDiffusionStrategy(Strategy):
         else:
             factor = max(height, width) / schedule.NATIVE_SIDE[self.structure.family]
             latent = (max(8, int(height // factor) // 8 * 8), max(8, int(width // factor) // 8 * 8))
+            if latent != (height, width):
+                self.context.recorder.note(
+                    f"ControlNet saw a {latent[0]}x{latent[1]} latent, near its trained size, for {height}x{width}"
+                )
         pixels = (latent[0] * 8, latent[1] * 8)
         seams.resize_controlnet_input(call, latent, pixels, self.config.controlnet_resize)
 
