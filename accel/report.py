@@ -11,6 +11,7 @@ from .errors import AttnswapWarning
 
 # A report stays one readable screen however long a session runs.
 _RUNS_KEPT = 8
+_NOTES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -182,5 +183,8 @@ def _render(denoiser: dict[str, Any], density: float) -> list[str]:
         )
     reasons = Counter(layer["reason"] for layer in layers if not layer["accelerated"])
     lines += [f"  left as it is: {count} layers, {reason}" for reason, count in reasons.items()]
-    lines += [f"  note: {note['text']} (x{note['count']})" for note in denoiser["notes"]]
+    notes = denoiser["notes"]
+    lines += [f"  note: {note['text']} (x{note['count']})" for note in notes[:_NOTES_SHOWN]]
+    if len(notes) > _NOTES_SHOWN:
+        lines.append(f"  {len(notes) - _NOTES_SHOWN} more notes in to_dict()")
     return lines
