@@ -38,10 +38,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, 
         return _sdpa(query, key, value, None, scale)
     hidden = ~key_mask[:, :, None, None]
     nobody = hidden.all(dim=1, keepdim=True)
-    # SDPA gives NaN where all keys are masked (forward or backward, by backend): there, attend to zeros instead.
+    # SDPA may give NaN where all keys are masked, forward or backward. There, all are visible, and hold zeros.
     visible = key_mask[:, None, None, :] | nobody
-    out = _sdpa(query, key.masked_fill(hidden, 0), value.masked_fill(hidden, 0), visible, scale)
-    return out.masked_fill(nobody, 0)
+    return _sdpa(query, key.masked_fill(hidden, 0), value.masked_fill(hidden, 0), visible, scale)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

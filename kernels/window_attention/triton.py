@@ -255,8 +255,8 @@ def window_attention(
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
     elements = 16 // element_size
     alignment = elements if all(stride % elements == 0 for stride in (*strides, head_dim)) else 1
-    # A shift on the CPU goes by value; one on the GPU is read by the kernel, and nobody waits for it here.
-    in_memory = shift.device.type != "cpu"
+    # A shift beside the query is read by the kernel, and nobody waits for it here; one left on the CPU goes by value.
+    in_memory = shift.device == query.device
     shift_y, shift_x = (0, 0) if in_memory else (int(shift[0]) % height, int(shift[1]) % width)
     longest = -(-height // rows) * -(-width // columns)
     programs = triton.cdiv(longest, config.block_m) * rows * columns * heads * batch
