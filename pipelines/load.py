@@ -73,13 +73,20 @@ def find(name: str, *, variant: str | None = None, weights: bool = True) -> Mode
 def load(model: Model, *, dtype: torch.dtype, variant: str | None = None) -> Any:
     """The Diffusers pipeline in `model.folder`, on the CPU."""
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    if model.folder.parent == BUNDLED:
+        # Diffusers remarks that the small autoencoder is not the usual class; here that is meant.
+        logging.set_verbosity_error()
     try:
         return DiffusionPipeline.from_pretrained(
             model.folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError) as error:
         raise JobFailed(f"{model.name} could not be loaded: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def pick_device(name: str = "auto") -> torch.device:
