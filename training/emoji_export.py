@@ -20,6 +20,7 @@ EXAMPLES = ("a fox on a blue background", "a banana on a purple background", "an
 def contact_sheet(pictures: np.ndarray, columns: int = 12) -> Image.Image:
     """Pictures `[N, H, W, 3]` in 0..1 side by side, row by row."""
     count, height, width = pictures.shape[:3]
+    columns = min(columns, count)
     rows = math.ceil(count / columns)
     sheet = np.ones((rows * height, columns * width, 3), np.float32)
     for index, picture in enumerate(pictures):
@@ -28,10 +29,11 @@ def contact_sheet(pictures: np.ndarray, columns: int = 12) -> Image.Image:
     return Image.fromarray((sheet.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def declare_float32(config: Path) -> None:
-    """Transformers would load the text encoder in the dtype it was saved in, half, beside a U-Net in float32."""
-    text = json.loads(config.read_text())
-    config.write_text(json.dumps({**text, "dtype": "float32"}, indent=2) + "\n")
+def correct(config: Path, **changes) -> None:
+    """Set keys of a configuration file; `None` removes one."""
+    settings = {**json.loads(config.read_text()), **changes}
+    kept = {key: value for key, value in settings.items() if value is not None}
+    config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def export_pipeline(out: Path, model, data, work: Path, steps: int, guidance: float) -> None:
@@ -43,7 +45,10 @@ def export_pipeline(out: Path, model, data, work: Path, steps: int, guidance: fl
     # CLIP's own two files are read by every Transformers version and need no second copy of the vocabulary.
     shutil.rmtree(out / "tokenizer")
     shutil.copytree(work / "tokenizer", out / "tokenizer")
-    declare_float32(out / "text_encoder" / "config.json")
+    # Transformers loads what was saved in half precision as half, beside a U-Net that Diffusers loads as float32.
+    correct(out / "text_encoder" / "config.json", dtype="float32")
+    # Diffusers writes this derived value, derives it again on loading, and warns about the one in the file.
+    correct(out / "vae" / "config.json", block_out_channels=None)
     data.reference.save(out / "reference")
     about = {
         "native_side": data.reference.side,

@@ -118,12 +118,8 @@ def load_checkpoint(path: Path, model: nn.Module | None, average: nn.Module, opt
         for name, parameter in model.named_parameters():
             state = under(f"optimizer.{name}.")
             optimizer.state[parameter] = {
-                key: value.clone()
-                if key == "step"
-                else value.to(parameter.device, memory_format=torch.preserve_format)
-                .as_strided(value.shape, value.stride())
-                .clone()
+                key: value.clone() if key == "step" else torch.empty_like(parameter).copy_(value)
                 for key, value in state.items()
-            }
+            }  # in the parameter's own memory layout: the fused step reads both as flat memory
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["facts"])

@@ -97,8 +97,9 @@ def test_thread_trials_end_with_one_of_the_choices():
 
 
 def train_a_little(model, optimizer, steps):
-    for _ in range(steps):
-        model(torch.ones(3, 4)).square().sum().backward()
+    for step in range(steps):
+        pictures = torch.arange(108.0).reshape(1, 3, 6, 6).div(50).sub(step)
+        model(pictures).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -106,8 +107,8 @@ def train_a_little(model, optimizer, steps):
 def test_a_resumed_run_is_the_run(tmp_path):
     def fresh():
         torch.manual_seed(0)
-        model = nn.Linear(4, 4)
-        return model, nn.Linear(4, 4), torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        model = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        return model, nn.Conv2d(3, 5, 3), torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
 
     straight, average, optimizer = fresh()
     train_a_little(straight, optimizer, 3)
