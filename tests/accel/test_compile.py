@@ -46,13 +46,13 @@ def test_repeated_blocks_need_no_graph_for_a_step_a_shift_or_a_layer() -> None:
     pipe, stock, enabled = eager(SHIFTING, steps=5)
     handle = attnswap.enable(pipe, SHIFTING)
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend=graphs)
-    close(sample(pipe, steps=5), enabled)
+    sample(pipe, steps=1)
     first = graphs.frame_count
     blocks = sum(type(module).__name__ == "BasicTransformerBlock" for module in pipe.unet.modules())
     assert 0 < first < blocks, "blocks of the same shape and kind share a graph"
-    sample(pipe, steps=7)
+    close(sample(pipe, steps=5), enabled)
     assert graphs.frame_count == first
-    assert handle.report().to_dict()["denoisers"][0]["calls"] == 12
+    assert handle.report().to_dict()["denoisers"][0]["calls"] == 6
     handle.disable()
     close(sample(pipe, steps=5), stock)
 
@@ -117,12 +117,12 @@ def test_the_whole_model_compiled(order: Any, graphs: Any) -> None:
     pipe, stock, enabled = eager(SHIFTING, steps=2)
     unet = pipe.unet
     handle = order(pipe, SHIFTING, graphs)
+    sample(pipe, steps=1)
+    first = graphs.frame_count
+    assert first > 0
     close(sample(pipe, steps=2), enabled)
-    before = graphs.frame_count
-    assert before > 0
-    close(sample(pipe, steps=2), enabled)
-    assert graphs.frame_count == before, "no graph for a step or a shift"
-    assert handle.report().to_dict()["denoisers"][0]["calls"] == 4
+    assert graphs.frame_count == first, "no graph for a step or a shift"
+    assert handle.report().to_dict()["denoisers"][0]["calls"] == 3
     handle.disable()
     assert "_attnswap" not in vars(unet)
     if order is compiled_before:  # tracing takes seconds: one order stands for all
