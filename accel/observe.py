@@ -123,6 +123,7 @@ class Observer:
         self._carrier: _Carrier | None = None
         self._undo: list[tuple[nn.Module, str]] = []
         self._announced = False
+        self._announced_timestep: object = None
         self._watch_compiled()
         self._hook = (model if entry is None else entry).register_forward_pre_hook(self._before, with_kwargs=True)
         if hasattr(model, "cache_context"):
@@ -159,14 +160,17 @@ class Observer:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._announced:
-            self._announced = False
-            return None
+        announced, self._announced = self._announced, False
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "attnswap cannot see the denoising step from inside a compiled graph: use torch.compile(model) or "
-                "compile_repeated_blocks(), or call model.compile() before enabling"
-            )
+            if not announced:
+                raise RuntimeError(
+                    "attnswap cannot see the denoising step from inside a compiled graph: use torch.compile(model) or "
+                    "compile_repeated_blocks(), or call model.compile() before enabling"
+                )
+            return None
+        # Where compiling is off for a while, the announced call comes here; one whose graph failed never did.
+        if announced and self._announced_timestep is Call.of(self.model, args, kwargs).timestep:
+            return None
         call = self._tick(args, kwargs)
         return ((), call.arguments) if call.edited else None
 
@@ -177,7 +181,7 @@ class Observer:
         call = self._tick(args, kwargs)
         if call.edited:
             kwargs.update({name: value for name, value in call.arguments.items() if name in kwargs})
-        self._announced = True
+        self._announced, self._announced_timestep = True, call.timestep
 
     def _tick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = Call.of(self.model, args, kwargs)

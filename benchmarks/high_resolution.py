@@ -26,11 +26,13 @@ from ..pipelines import load, presets
 from ..pipelines.emoji_reference import Reference, caption, judge, sample_captions
 from ..pipelines.generate import versions
 
-VARIANTS: dict[str, dict[str, bool] | None] = {
+# Changes to the model's preset; None is stock.
+VARIANTS: dict[str, dict[str, Any] | None] = {
     "direct": None,
     "windows only": {"raunet": False},
     "RAU only": {"window_attention": False},
     "HiDiffusion (both)": {},
+    "both, published schedule": {"t1": None, "t2": None},
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 SHOWN = 8
