@@ -27,12 +27,11 @@ from ..pipelines.emoji_reference import Reference, caption, judge, sample_captio
 from ..pipelines.generate import versions
 
 # Changes to the model's preset; None is stock.
-VARIANTS: dict[str, dict[str, Any] | None] = {
+VARIANTS: dict[str, dict[str, bool] | None] = {
     "direct": None,
     "windows only": {"raunet": False},
     "RAU only": {"window_attention": False},
     "HiDiffusion (both)": {},
-    "both, published schedule": {"t1": None, "t2": None},
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 SHOWN = 8
@@ -62,7 +61,7 @@ def measure(model_name: str, factors: list[int], prompts: int, steps: int | None
         pictures: dict[str, list[np.ndarray]] = {name: [] for name in VARIANTS}
         for number, (subject, colour) in enumerate(asked):
             for name, parts in VARIANTS.items():
-                config = None if parts is None else HiDiffusion(**preset.methods.get("hidiffusion", {}) | parts)
+                config = None if parts is None else HiDiffusion(**preset.settings_of("hidiffusion", side, side) | parts)
                 began = time.perf_counter()
                 picture = _draw(pipe, config, caption(reference.names[subject], colour), side, number, settings)
                 seconds[name].append(time.perf_counter() - began)
@@ -84,7 +83,10 @@ def measure(model_name: str, factors: list[int], prompts: int, steps: int | None
         "native_side": reference.side,
         "prompts": prompts,
         "settings": settings,
-        "preset": preset.methods.get("hidiffusion", {}),
+        "presets": {
+            factor * reference.side: preset.settings_of("hidiffusion", *[factor * reference.side] * 2)
+            for factor in factors
+        },
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "sizes": sizes,
@@ -121,14 +123,16 @@ def page_section(result: dict[str, Any], images: str) -> str:
     lines = [
         f"`{result['model']}` (native {result['native_side']} px), {result['prompts']} prompts, "
         f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}, CPU with "
-        f"{result['threads']} thread(s), torch {result['versions']['torch']}, "
-        f"settings `{json.dumps(result['preset'])}`. Times are medians per picture; the speed-up is the median of "
+        f"{result['threads']} thread(s), torch {result['versions']['torch']}. "
+        "Times are medians per picture; the speed-up is the median of "
         "the ratios to direct generation of the same prompt.",
     ]
     for side, rows in result["sizes"].items():
         lines += [
             "",
             f"### {side} px, {int(side) // result['native_side']}x the native side",
+            "",
+            f"The model's preset for this size: `{json.dumps(result['presets'][side])}`.",
             "",
             "| | nearest neighbour right | in the first five | background right | seconds | speed-up |",
             "|---|---|---|---|---|---|",

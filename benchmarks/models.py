@@ -51,7 +51,7 @@ def run(
     benchmark = unet_benchmark(
         model,
         pipe.unet.to(where),
-        methods=settings.build({name: preset.methods.get(name, {}) for name in names}),
+        methods=settings.build({name: preset.settings_of(name) for name in names}),
         timesteps=pipe.scheduler.timesteps,
         pixels_per_latent=pipe.vae_scale_factor,
         text_tokens=pipe.tokenizer.model_max_length,

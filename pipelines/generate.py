@@ -110,7 +110,8 @@ def generate(job: Job, *, progress: bool = False) -> Result:
     settings.build(job.methods)  # a wrong setting is said before the model is read
     model = load.find(job.model, variant=job.variant)
     preset = presets.read(model.folder)
-    merged = {name: {**preset.methods.get(name, {}), **values} for name, values in job.methods.items()}
+    size = (job.width, job.height)
+    merged = {name: {**preset.settings_of(name, *size), **values} for name, values in job.methods.items()}
     configs = settings.build(merged)
     device = load.pick_device(job.device)
     if job.cpu_offload and device.type == "cpu":

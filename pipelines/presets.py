@@ -19,12 +19,24 @@ class Preset:
         steps: Denoising steps.
         guidance: Guidance scale.
         methods: Method name → settings that differ from the method's own defaults.
+        methods_from: The same for large pictures, by the multiple of `native_side` from which they apply.
     """
 
     native_side: int | None = None
     steps: int | None = None
     guidance: float | None = None
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    methods_from: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+
+    def settings_of(self, method: str, width: int | None = None, height: int | None = None) -> dict[str, Any]:
+        """A method's settings for a picture of this size in pixels; None is the native size."""
+        native = self.native_side or 0
+        side = min(width or native, height or native)
+        found = self.methods.get(method, {})
+        for factor in sorted(self.methods_from, key=float):
+            if side >= float(factor) * native:
+                found = self.methods_from[factor].get(method, found)
+        return found
 
 
 def read(folder: Path) -> Preset:

@@ -59,5 +59,8 @@ def export_pipeline(out: Path, model, data, work: Path, steps: int, guidance: fl
         "licence": "Apache-2.0; drawings: Noto Color Emoji, SIL OFL 1.1",
         "examples": EXAMPLES,
         "reference": "reference",
+        # So small a U-Net needs its resolution-aware parts longer than published, and at 4x both throughout.
+        "methods": {"hidiffusion": {"t1": 1.0}},
+        "methods_from": {"4": {"hidiffusion": {"t1": 1.0, "t2": 1.0}}},
     }
     (out / "attnswap.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")

@@ -14,6 +14,7 @@ import torch
 from attnswap.pipelines import load, save
 from attnswap.pipelines.errors import BadInput, JobFailed
 from attnswap.pipelines.generate import RECORDED, Job, from_record, generate, size_multiple
+from attnswap.pipelines.presets import Preset
 
 
 @pytest.fixture
@@ -66,6 +67,12 @@ class TestPreset:
         made = generate(dataclasses.replace(preset, methods={"hidiffusion": {}})).job
         assert (made.width, made.height, made.steps, made.guidance) == (128, 128, 3, 2.5)
         assert made.methods["hidiffusion"]["t1"] == 0.9
+
+    @pytest.mark.parametrize(("side", "t1"), [(None, 0.9), (256, 0.9), (384, 1.0), (512, 1.0)])
+    def test_may_differ_for_large_pictures(self, side: int | None, t1: float) -> None:
+        large = {"3": {"hidiffusion": {"t1": 1.0}}}
+        preset = Preset(native_side=128, methods={"hidiffusion": {"t1": 0.9}}, methods_from=large)
+        assert preset.settings_of("hidiffusion", side, side) == {"t1": t1}
 
     def test_yields_to_what_is_given(self, preset: Job) -> None:
         asked = dataclasses.replace(preset, width=64, steps=1, guidance=1.0, methods={"hidiffusion": {"t1": 0.5}})
