@@ -8,8 +8,6 @@ import pytest
 from attnswap.pipelines import load, presets
 from attnswap.pipelines.generate import Job, generate
 
-pytestmark = pytest.mark.skipif(not load.bundled(), reason="no model has been trained yet")
-
 
 @pytest.mark.parametrize("name", load.bundled())
 class TestEveryBundledModel:
