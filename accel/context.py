@@ -20,11 +20,12 @@ class Schedule:
     """A list of timesteps, in the order in which they are run.
 
     `truncated` says that the list is exactly what will be run. Otherwise a run may start inside it, as
-    image-to-image does, and its first call tells where.
+    image-to-image does, and its first call tells where. `at_most` steps are run, where a run stops before the end.
     """
 
     timesteps: torch.Tensor
     truncated: bool = False
+    at_most: int | None = None
 
     def __len__(self) -> int:
         return self.timesteps.numel()
@@ -116,7 +117,7 @@ class Clock:
             branch: what tells guidance branches apart (a cache-context name or the text tensor's address);
                 None for a companion such as a ControlNet, which only asks where the run stands.
             schedule: the pipeline's own list, where a pipeline is known.
-            steps: number of steps the pipeline says it runs, used when the timestep comes from `schedule`.
+            steps: number of steps the pipeline says it runs, used where the timestep is in no list.
             step_index: the official step, where Diffusers gives one.
         """
         if step_index is not None:
@@ -126,8 +127,9 @@ class Clock:
             if located is None:
                 self._tick_by_change(timestep, branch, schedule, steps)
             else:
-                known, position = located
-                self._tick_listed(known, position, steps if known.is_same(schedule) else None)
+                known, position, is_view = located
+                # A view is certain; of an equal value the pipeline's own number knows better how many follow.
+                self._tick_listed(known, position, steps if known.is_same(schedule) and not is_view else None)
         if branch is not None:
             self._seen.add(branch)
             self.branch = self._branches.setdefault(branch, len(self._branches))
@@ -148,18 +150,18 @@ class Clock:
 
     def _locate(
         self, timestep: torch.Tensor | float, branch: object, pipeline: Schedule | None
-    ) -> tuple[Schedule, int] | None:
-        """Which list the timestep belongs to, and where in it. Identity (a view) is surer than an equal value."""
+    ) -> tuple[Schedule, int, bool] | None:
+        """Which list the timestep belongs to, where in it, and whether it is a view of it, not only an equal value."""
         if _one_element(timestep):
             for known in (self._told, pipeline, self._schedule):
                 if known is not None and (position := known.position_of_view(timestep)) is not None:
-                    return known, position
+                    return known, position, True
             # Last, because it reads the list from the device.
             if (behind := schedule_behind(timestep)) and (position := behind.position_of_view(timestep)) is not None:
-                return behind, position
+                return behind, position, True
         for known in (self._told, pipeline, self._schedule):
             if known is not None and (position := self._position_of_value(known, timestep, branch)) is not None:
-                return known, position
+                return known, position, False
         return None
 
     def _position_of_value(self, schedule: Schedule, timestep: torch.Tensor | float, branch: object) -> int | None:
@@ -184,7 +186,9 @@ class Clock:
             self._seen = set()
         self.position, self.total = position, len(schedule)
         self.step = position - self._start
-        self.steps = steps if steps is not None else len(schedule) - self._start
+        self.steps = len(schedule) - self._start if steps is None else steps
+        if schedule.at_most is not None:
+            self.steps = min(self.steps, schedule.at_most)
 
     def _tick_official(self, step_index: int, branch: object, steps: int | None) -> None:
         aborted_at_once = step_index == 0 and branch in self._seen

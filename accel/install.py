@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -140,6 +141,11 @@ class Installation:
         for strategy in self.strategies:
             layouts = {name: slot.layout for name, slot in self.slots.items() if slot.strategy is strategy}
             strategy.begin(call, layouts)
+        for name, slot in self.slots.items():
+            if slot.layout.plan is not None and slot.layout.grid is not None:
+                dense = math.prod(slot.layout.grid) ** 2
+                pairs = slot.layout.plan.pairs
+                self.recorder.plan(name, pairs=call.batch * pairs, dense_pairs=call.batch * dense)
 
     def _arm(self) -> bool:
         """Make sure that the layers hold our processors; returns whether the method is to act.

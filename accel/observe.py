@@ -53,6 +53,10 @@ class Call:
         return found
 
     @property
+    def batch(self) -> int:
+        return len(self.first("sample", "hidden_states", "x"))
+
+    @property
     def text_address(self) -> int:
         """Where the text tensor lives: it alternates between guidance branches and stays when a step repeats."""
         text = self.first(*_TEXTS)
@@ -155,7 +159,11 @@ class Observer:
         if not isinstance(timesteps, torch.Tensor) or timesteps.ndim != 1 or timesteps.numel() == 0:
             return None, None
         steps = getattr(pipeline, "_num_timesteps", None)
-        return Schedule(timesteps), steps if isinstance(steps, int) else None
+        steps = steps if isinstance(steps, int) else None
+        # The pipeline's number may be that of an earlier run, before another pipeline took over: the list itself is
+        # surer, except where SDXL stops before its end.
+        stops_early = getattr(pipeline, "denoising_end", None) is not None
+        return Schedule(timesteps, at_most=steps if stops_early else None), steps
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import AttnswapWarning
@@ -61,6 +61,23 @@ class LayerRecord:
     pairs: int = 0
     dense_pairs: int = 0
     backend: str | None = None
+    planned_calls: int = 0
+    planned_pairs: int = 0
+    planned_dense_pairs: int = 0
+    seen_calls: int = 0
+
+    def counted(self) -> LayerRecord:
+        """With the calls that no layer could count because they ran inside a compiled graph, as they were planned."""
+        unseen = self.planned_calls - self.seen_calls
+        if unseen <= 0:
+            return self
+        return replace(
+            self,
+            accelerated_calls=self.accelerated_calls + unseen,
+            pairs=self.pairs + self.planned_pairs * unseen // self.planned_calls,
+            dense_pairs=self.dense_pairs + self.planned_dense_pairs * unseen // self.planned_calls,
+            backend=self.backend or "in a compiled graph",
+        )
 
 
 @dataclass
@@ -77,9 +94,17 @@ class Recorder:
     denoiser_calls: int = 0
     _warned: bool = False
 
-    def count(self, layer: str, *, pairs: int, dense_pairs: int, accelerated: bool) -> None:
+    def plan(self, layer: str, *, pairs: int, dense_pairs: int) -> None:
+        """Note what a layer is going to do in this denoiser call."""
+        record = self.layers[layer]
+        record.planned_calls += 1
+        record.planned_pairs += pairs
+        record.planned_dense_pairs += dense_pairs
+
+    def count(self, layer: str, *, pairs: int, dense_pairs: int, accelerated: bool, planned: bool) -> None:
         """Count one attention call that computed `pairs` of its `dense_pairs` query-key pairs."""
         record = self.layers[layer]
+        record.seen_calls += planned
         if accelerated:
             record.accelerated_calls += 1
         else:
@@ -158,7 +183,7 @@ def _snapshot(recorder: Recorder) -> dict[str, Any]:
                 "dense_pairs": record.dense_pairs,
                 "backend": record.backend,
             }
-            for record in recorder.layers.values()
+            for record in (layer.counted() for layer in recorder.layers.values())
         ],
     }
 

@@ -81,7 +81,10 @@ def _gib(size: int) -> str:
 
 
 def _op(op: str, device: torch.device) -> list[str]:
-    explanation = explain(op, device)
+    try:
+        explanation = explain(op, device)
+    except ValueError as error:  # a backend asked for by name that cannot run, or that there is not
+        return [f"{op}: {error}"]
     refused = [f"  not {entry.backend}: {entry.reason}" for entry in explanation.considered if not entry.can]
     # Where something better was refused, that is the reason for the choice.
     return (

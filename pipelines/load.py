@@ -108,6 +108,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_dtype(name: str, device: torch.device, model: Model) -> torch.dtype:
     """`auto` is float32 on the CPU; elsewhere what the weights were published in: float16 U-Nets, bfloat16 DiTs."""
     if name != "auto":
+        if name not in DTYPES:
+            raise BadInput(f"no dtype {name!r}: there is {', '.join(DTYPES)}.")
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32

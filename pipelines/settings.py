@@ -88,7 +88,7 @@ def _value(where: str, hint: Any, text: str) -> Any:
     for option in _options(hint):
         try:
             return _parser(option)(text)
-        except (ValueError, SyntaxError, KeyError):
+        except (ValueError, SyntaxError, KeyError, TypeError):
             continue
     raise BadInput(f"{where}: expected {_describe(hint)}.")
 

@@ -253,7 +253,9 @@ class TestFailure:
     def test_ctrl_c_in_the_middle_of_a_run(self, tiny_sd: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "attnswap.cli", "generate", "a fox", "-m", str(tiny_sd)]
         script = (
-            "import sys, diffusers\n"
+            # A shell that runs the tests in the background has them ignore SIGINT.
+            "import signal, sys, diffusers\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "forward = diffusers.UNet2DConditionModel.forward\n"
             "def slow(*a, **k):\n"
             "    print('step', flush=True)\n"
@@ -313,6 +315,18 @@ class TestDoctor:
             *kernels.ops(),
         ):
             assert word in out
+
+    @pytest.mark.parametrize(
+        ("backend", "said"), [("triton", "cannot run on triton"), ("trition", "unknown backend 'trition'")]
+    )
+    def test_says_what_is_wrong_with_the_backend_asked_for(
+        self, attnswap: Cli, monkeypatch: pytest.MonkeyPatch, backend: str, said: str
+    ) -> None:
+        monkeypatch.setenv("ATTNSWAP_BACKEND", backend)
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        status, out, _ = attnswap("doctor")
+        assert status == 0
+        assert said in next(line for line in out.splitlines() if line.startswith("op"))
 
 
 class TestBench:

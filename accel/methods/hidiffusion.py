@@ -104,7 +104,8 @@ class HiDiffusion(Config):
             raise ValueError(f"large_side must be a latent side of at least 1, got {self.large_side!r}")
         for name in ("t1", "t2", "aggressive", "controlnet_end"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, bool) and not (_is_number(value) and 0 <= value <= 1):
+            free = (value is None and name != "controlnet_end") or (isinstance(value, bool) and name == "aggressive")
+            if not free and not (_is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"{name} must be a fraction between 0 and 1, got {value!r}")
         if self.t1 is not None and self.t2 is not None and self.t2 > self.t1:
             raise ValueError(f"t2 must not be above t1, got t1={self.t1}, t2={self.t2}")
@@ -148,6 +149,8 @@ class HiDiffusionStrategy(Strategy):
         self._run: tuple[Any, ...] | None = None
         self._sizes: UNetSizes | None = None
         context.recorder.remarks["structure"] = str(self.structure)
+        if not (config.raunet or config.window_attention):
+            context.recorder.note("raunet and window_attention are both off: nothing is accelerated", warn=True)
 
     # What is accelerated.
 
@@ -225,8 +228,9 @@ class HiDiffusionStrategy(Strategy):
         for name, layout in layouts.items():
             layout.grid = sizes.transformers[name.partition(".transformer_blocks.")[0]]
             layout.plan = self._window_plan(name.removesuffix(".attn1"), layout.grid)
-        if self._has_controlnet and self._controlnet_has_ended():
-            for name in ("down_block_additional_residuals", "mid_block_additional_residual"):
+        controls = ("down_block_additional_residuals", "mid_block_additional_residual")
+        if self._has_controlnet and self._controlnet_has_ended() and call.first(*controls) is not None:
+            for name in controls:
                 call.set(name, None)
             self.context.recorder.note(f"ControlNet left out after {self.config.controlnet_end:g} of the steps")
         if changed := seams.fit_residuals(call, sizes):
@@ -295,7 +299,9 @@ class HiDiffusionStrategy(Strategy):
     def _window_plan(self, block: str, grid: Size) -> WindowPlan | None:
         rows, columns = self.config.windows
         if rows > grid[0] or columns > grid[1]:
-            self.context.recorder.note(f"{block} ran dense: a {grid[0]}x{grid[1]} grid has no {rows}x{columns} windows")
+            self.context.recorder.note(
+                f"{block} ran dense: a {grid[0]}x{grid[1]} grid has no {rows}x{columns} windows", warn=True
+            )
             return None
         even = _even(grid, self.config.windows)
         resize = self.config.odd_grids == "resize" and even != grid

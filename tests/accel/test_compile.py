@@ -122,7 +122,11 @@ def test_the_whole_model_compiled(order: Any, graphs: Any) -> None:
     assert first > 0
     close(sample(pipe, steps=2), enabled)
     assert graphs.frame_count == first, "no graph for a step or a shift"
-    assert handle.report().to_dict()["denoisers"][0]["calls"] == 3
+    report = handle.report().to_dict()
+    assert report["denoisers"][0]["calls"] == 3
+    counted = [layer for layer in report["denoisers"][0]["layers"] if layer["accelerated"]]
+    assert {(layer["accelerated_calls"], layer["backend"]) for layer in counted} == {(3, "in a compiled graph")}
+    assert report["density"] == pytest.approx(0.25)
     handle.disable()
     assert "_attnswap" not in vars(unet)
     if order is compiled_before:  # tracing takes seconds: one order stands for all

@@ -12,7 +12,7 @@ import attnswap
 import pytest
 import torch
 from attnswap.accel.methods.hidiffusion import HiDiffusionStrategy
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 
 from . import tiny, tiny_dit
 from .slim import sample, slim
@@ -251,6 +251,20 @@ def test_a_pipeline_that_shares_the_denoiser_takes_part() -> None:
     attnswap.disable(pipe)
     assert not handle.active
     assert torch.equal(sample(other, steps=4), stock)
+
+
+def test_pipelines_made_from_each_other_share_a_scheduler_and_keep_their_own_number_of_steps() -> None:
+    text = tiny.sd15()
+    image = StableDiffusionImg2ImgPipeline(**text.components, requires_safety_checker=False)
+    image.set_progress_bar_config(disable=True)
+    picture = torch.zeros(1, 3, 128, 128)
+    for enabled_one in (text, image):
+        with attnswap.enabled(enabled_one, "hidiffusion") as handle:
+            tiny.run(text, steps=10)
+            tiny.run(image, steps=10, image=picture, strength=0.5)
+            tiny.run(text, steps=10)
+            runs = handle.report().to_dict()["denoisers"][0]["runs"]
+        assert [(run["steps"], run["conv"]) for run in runs] == [(10, [0, 4]), (5, [0, 2]), (10, [0, 4])]
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

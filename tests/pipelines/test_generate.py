@@ -112,6 +112,11 @@ class TestRecord:
         with pytest.raises(BadInput, match=field):
             from_record(record)
 
+    def test_with_an_unknown_dtype_is_refused(self, job: Job) -> None:
+        record: dict[str, Any] = generate(job).record | {"dtype": "int8"}
+        with pytest.raises(BadInput, match=r"int8.*fp16"):
+            generate(Job(**from_record(record), output=job.output))
+
     @pytest.mark.parametrize("field", RECORDED)
     def test_with_a_field_missing_is_refused(self, job: Job, field: str) -> None:
         record = dict.fromkeys(RECORDED, 0)
