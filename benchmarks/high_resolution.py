@@ -114,7 +114,8 @@ def contact_sheet(rows: dict[str, dict[str, Any]]) -> Image.Image:
     """One row a variant, one column a prompt."""
     thumbnails = [[_reduced(picture, THUMBNAIL) for picture in row.pop("pictures")] for row in rows.values()]
     whole = np.concatenate([np.concatenate(row, axis=1) for row in thumbnails], axis=0)
-    return Image.fromarray((whole * 255).round().astype(np.uint8))
+    # A palette keeps the page's pictures small.
+    return Image.fromarray((whole * 255).round().astype(np.uint8)).quantize(128)
 
 
 def page_section(result: dict[str, Any], images: str) -> str:
@@ -122,8 +123,8 @@ def page_section(result: dict[str, Any], images: str) -> str:
     settings = result["settings"]
     lines = [
         f"`{result['model']}` (native {result['native_side']} px), {result['prompts']} prompts, "
-        f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}, CPU with "
-        f"{result['threads']} thread(s), torch {result['versions']['torch']}. "
+        f"{settings['num_inference_steps']} steps, guidance {settings['guidance_scale']:g}, CPU, "
+        f"threads {result['threads']}, torch {result['versions']['torch']}. "
         "Times are medians per picture; the speed-up is the median of "
         "the ratios to direct generation of the same prompt.",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -144,3 +145,10 @@ class TestMetadata:
         assert command in (ROOT / "README.md").read_text(encoding="utf-8")
         assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
         assert os.name == "nt" or os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/hidiffusion.md", "docs/kernels.md", "docs/benchmarks.md"])
+def test_every_picture_and_page_that_is_linked_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
