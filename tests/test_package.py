@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
