@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
@@ -58,7 +59,7 @@ class Plan(Protocol):
     around: bool
 
 
-class Strategy:
+class Strategy(abc.ABC):
     """A method at work on one denoiser.
 
     Args:
@@ -78,32 +79,33 @@ class Strategy:
         self.family = family
         self.context = context
 
+    @abc.abstractmethod
     def select(self, layers: Mapping[str, nn.Module]) -> dict[str, str]:
         """The layers to accelerate, each with the reason it was chosen.
 
         Raises:
             UnsupportedModel: if the method cannot apply to this model.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def why_not(self, layer: str) -> str:
         """Why a layer was not selected."""
-        raise NotImplementedError
 
-    def install(self) -> None:
+    def install(self) -> None:  # noqa: B027 - optional
         """Put hooks in place beyond the attention layers."""
 
-    def remove(self) -> None:
+    def remove(self) -> None:  # noqa: B027 - optional
         """Undo `install` exactly."""
 
+    @abc.abstractmethod
     def begin(self, call: Call, layouts: Mapping[str, Layout]) -> None:
         """Before each denoiser call, outside compiled regions: plan the layers, edit the call."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, context: Context) -> Tensor:
         """Attention `[B, S, H, D]` of a layer that has a plan."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def around(
         self,
         run: Callable[[Tensor, Tensor | None], Tensor],
@@ -112,11 +114,10 @@ class Strategy:
         layout: Layout,
     ) -> Tensor:
         """A layer whose processor must be kept: `run` is that processor on tokens `[B, S, C]` and a key bias."""
-        raise NotImplementedError
 
     def beyond_attention(self) -> str:
         """What `install` adds that processors alone cannot carry, in words; empty for nothing."""
         return ""
 
-    def reset(self) -> None:
+    def reset(self) -> None:  # noqa: B027 - optional
         """Forget what belongs to a run."""
