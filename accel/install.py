@@ -142,10 +142,14 @@ class Installation:
             layouts = {name: slot.layout for name, slot in self.slots.items() if slot.strategy is strategy}
             strategy.begin(call, layouts)
         for name, slot in self.slots.items():
-            if slot.layout.plan is not None and slot.layout.grid is not None:
+            in_graph = call.compiled or self._block_of(name)._compiled_call_impl is not None
+            if in_graph and slot.layout.plan is not None and slot.layout.grid is not None:
                 dense = math.prod(slot.layout.grid) ** 2
                 pairs = slot.layout.plan.pairs
                 self.recorder.plan(name, pairs=call.batch * pairs, dense_pairs=call.batch * dense)
+
+    def _block_of(self, layer: str) -> nn.Module:
+        return self.model.get_submodule(layer.rpartition(".")[0])
 
     def _arm(self) -> bool:
         """Make sure that the layers hold our processors; returns whether the method is to act.

@@ -27,10 +27,14 @@ _TEXTS = ("encoder_hidden_states", "cap_feats")
 
 @dataclass
 class Call:
-    """One call of a denoiser, its arguments by name; `edited` says that a method has changed one."""
+    """One call of a denoiser, its arguments by name.
+
+    `edited` says that a method has changed one, `compiled` that the whole denoiser runs as a compiled graph.
+    """
 
     arguments: dict[str, Any]
     edited: bool = False
+    compiled: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -126,6 +130,7 @@ class Observer:
         self._pipeline = None if pipeline is None else _weakly(pipeline)
         self._carrier: _Carrier | None = None
         self._undo: list[tuple[nn.Module, str]] = []
+        self._compiled_entry = entry is not None
         self._announced = False
         self._announced_timestep: object = None
         self._watch_compiled()
@@ -179,20 +184,21 @@ class Observer:
         # Where compiling is off for a while, the announced call comes here; one whose graph failed never did.
         if announced and self._announced_timestep is Call.of(self.model, args, kwargs).timestep:
             return None
-        call = self._tick(args, kwargs)
+        call = self._tick(args, kwargs, compiled=self._compiled_entry)
         return ((), call.arguments) if call.edited else None
 
     def _announce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The same from outside a graph that holds the whole model, where the hook itself is traced."""
         if any(isinstance(x, FakeTensor) for x in (*args, *kwargs.values())):
             return  # being traced as a part of something larger
-        call = self._tick(args, kwargs)
+        call = self._tick(args, kwargs, compiled=True)
         if call.edited:
             kwargs.update({name: value for name, value in call.arguments.items() if name in kwargs})
         self._announced, self._announced_timestep = True, call.timestep
 
-    def _tick(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _tick(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, compiled: bool) -> Call:
         call = Call.of(self.model, args, kwargs)
+        call.compiled = compiled
         official = None if self._carrier is None else self._carrier.context
         schedule, steps = self.schedule()
         self.clock.tick(

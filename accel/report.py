@@ -95,7 +95,7 @@ class Recorder:
     _warned: bool = False
 
     def plan(self, layer: str, *, pairs: int, dense_pairs: int) -> None:
-        """Note what a layer is going to do in this denoiser call."""
+        """Note what a layer is going to do in a compiled graph, where it cannot count."""
         record = self.layers[layer]
         record.planned_calls += 1
         record.planned_pairs += pairs
