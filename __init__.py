@@ -27,7 +27,9 @@ _HOME = {
     "Report": "accel.report",
     "methods": "accel.methods",
     "HiDiffusion": "accel.methods.hidiffusion",
+    "LinFusion": "accel.methods.linfusion",
     "UnsupportedModel": "accel.errors",
+    "WeightsError": "accel.errors",
     "AttnswapWarning": "accel.errors",
 }
 
@@ -36,8 +38,10 @@ __all__ = [
     "Handle",
     "HiDiffusion",
     "Inspection",
+    "LinFusion",
     "Report",
     "UnsupportedModel",
+    "WeightsError",
     "__version__",
     "attn_processors",
     "disable",
@@ -50,9 +54,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from . import kernels
-    from .accel.errors import AttnswapWarning, UnsupportedModel
+    from .accel.errors import AttnswapWarning, UnsupportedModel, WeightsError
     from .accel.methods import methods
     from .accel.methods.hidiffusion import HiDiffusion
+    from .accel.methods.linfusion import LinFusion
     from .accel.report import Inspection, Report
     from .accel.swap import Handle, attn_processors, disable, enable, enabled, inspect
 

@@ -7,5 +7,9 @@ class UnsupportedModel(ValueError):
     """The method cannot apply to any layer of this model; the message names the model and what is supported."""
 
 
+class WeightsError(ValueError):
+    """A method's weights cannot be found, read or do not fit the model; one line with what was expected and found."""
+
+
 class AttnswapWarning(UserWarning):
     """Something ran differently from what was asked; said once, and kept in `Handle.report()`."""

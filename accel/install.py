@@ -61,6 +61,11 @@ class Installation:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_pipeline": None}
 
+    def prepare(self) -> None:
+        """Fetch and check what the methods need, before anything is changed."""
+        for strategy in self.strategies:
+            strategy.prepare()
+
     def install(self, *, passive: bool = False) -> None:
         """Put everything in place.
 
@@ -76,9 +81,8 @@ class Installation:
         for slot in self.slots.values():
             slot.original = slot.module.processor  # while this was planned, another method may still have been in place
             self._occupy(slot, put=not passive)
-        if not passive:
-            for strategy in self.strategies:
-                strategy.install()
+        for strategy in self.strategies:
+            strategy.install(passive=passive)
 
     def remove(self) -> None:
         """Take everything out: the same processor objects, no hook and no attribute is left."""
@@ -113,11 +117,17 @@ class Installation:
         for strategy in self.strategies:
             for name, reason in strategy.select(layers).items():
                 module = layers[name]
+                if name in slots and slots[name].strategy.gives_way_to(strategy):
+                    reason = f"{reason}, in place of {slots[name].strategy.config.name}"
+                elif name in slots:
+                    continue
                 if isinstance(module.processor, nn.Module):
                     reasons[name] = f"{type(module.processor).__name__} holds weights and is kept"
                 else:
                     slots[name] = Slot(module, module.processor, strategy, self.context, Layout(name))
                     reasons[name] = reason
+        for strategy in self.strategies:
+            strategy.layers = frozenset(name for name, slot in slots.items() if slot.strategy is strategy)
         for name in layers:
             reason = reasons.get(name) or "; ".join(dict.fromkeys(s.why_not(name) for s in self.strategies))
             self.recorder.layers[name] = LayerRecord(LayerPlan(name, name in slots, reason))
@@ -138,12 +148,16 @@ class Installation:
         if not self._arm():
             return
         self.recorder.denoiser_calls += 1
-        for strategy in self.strategies:
-            layouts = {name: slot.layout for name, slot in self.slots.items() if slot.strategy is strategy}
+        layouts = {name: slot.layout for name, slot in self.slots.items()}
+        grids = self.family.grids(self.model, self.family.size(call.arguments))
+        for name, layout in layouts.items():
+            layout.grid, layout.plan = grids.get(name, ()), None
+        # Those that change the size of the maps come first, so that the others plan for what will be there.
+        for strategy in sorted(self.strategies, key=lambda strategy: not strategy.resizes):
             strategy.begin(call, layouts)
         for name, slot in self.slots.items():
             in_graph = call.compiled or self._block_of(name)._compiled_call_impl is not None
-            if in_graph and slot.layout.plan is not None and slot.layout.grid is not None:
+            if in_graph and slot.layout.plan is not None:
                 dense = math.prod(slot.layout.grid) ** 2
                 pairs = slot.layout.plan.pairs
                 self.recorder.plan(name, pairs=call.batch * pairs, dense_pairs=call.batch * dense)
@@ -211,7 +225,7 @@ def check_combination(configs: Sequence[Config]) -> None:
         for second in names[i + 1 :]:
             if first == second:
                 raise ValueError(f"{first} is given twice")
-            if second not in STRATEGIES[first].combines_with and first not in STRATEGIES[second].combines_with:
+            if second not in STRATEGIES[first].yields_to and first not in STRATEGIES[second].yields_to:
                 raise ValueError(f"{first} and {second} cannot be combined: both decide what the same layers attend to")
 
 

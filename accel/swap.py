@@ -89,6 +89,8 @@ def enable(target: Any, method: Method) -> Handle:
         Installation(model, configs, clock, pipeline=pipeline, entry=None if entry is model else entry)
         for model, entry in denoisers
     ]
+    for installation in planned:
+        installation.prepare()
     disable(target)
     handle = Handle(planned, clock)
     try:
@@ -150,9 +152,10 @@ def attn_processors(model: nn.Module, method: Method) -> dict[str, Any]:
     """
     configs = _configs(method)
     [(model, entry)] = _denoisers(model)
-    if (installation := installed_in(model)) is not None:
-        installation.remove()
     installation = Installation(model, configs, Clock(), entry=None if entry is model else entry)
+    installation.prepare()
+    if (before := installed_in(model)) is not None:
+        before.remove()
     installation.install(passive=True)
     for strategy in installation.strategies:
         if beyond := strategy.beyond_attention():

@@ -25,12 +25,12 @@ class Layout:
 
     Attributes:
         layer: dotted name.
-        grid: (h, w), or (f, h, w), of the image tokens; None where the family cannot tell.
+        grid: (h, w), or (f, h, w), of the image tokens in this call; empty where the family cannot tell.
         plan: what the method wants this layer to do in this call; None for dense.
     """
 
     layer: str
-    grid: tuple[int, ...] | None = None
+    grid: tuple[int, ...] = ()
     plan: Any = None
 
 
@@ -81,6 +81,7 @@ class Family:
         self_attention: whether a layer of this dotted name attends over image tokens.
         processor: class of our processor, constructible without arguments (IP-Adapter loading re-creates processors).
         size: (h, w) or (f, h, w) of the latent in a call's arguments.
+        grids: from a model and such a size, the grid of image tokens in each self-attention layer, by dotted name.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Family:
     self_attention: Callable[[str], bool]
     processor: type[Any]
     size: Callable[[dict[str, Any]], tuple[int, ...]]
+    grids: Callable[[Any, tuple[int, ...]], dict[str, tuple[int, ...]]]
 
 
 def attention_layers(model: nn.Module) -> dict[str, Any]:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+    XFormersAttnProcessor,
+)
 from torch import Tensor
 
 from .base import Family, Slot
@@ -14,14 +23,16 @@ Size = tuple[int, int]
 
 # Their whole computation is project, attend, finish, so only the middle needs exchanging.
 _STOCK = (AttnProcessor2_0, FusedAttnProcessor2_0)
+# The same result by another road, which somebody chose to save memory.
+_EQUIVALENT = (*_STOCK, AttnProcessor, SlicedAttnProcessor, XFormersAttnProcessor)
 
 
 class UNetAttnProcessor(AttnProcessor2_0):
     """Stock attention with the middle exchanged for a method's.
 
-    Without a slot, or in a call for which the method has no plan, it is the original processor, bit for bit. Any
-    processor that is not a stock one is kept and called on what the method makes of its input (see
-    `Strategy.around`).
+    Without a slot, or in a call for which the method has no plan, it is the original processor, bit for bit. A
+    processor that is not a stock one is kept: called on what the method makes of its input where the method offers
+    that (`Strategy.around`), else left to run as it is.
     """
 
     def __init__(self) -> None:
@@ -44,18 +55,21 @@ class UNetAttnProcessor(AttnProcessor2_0):
         # Not every processor takes a time embedding.
         rest = (temb, *args) if args or temb is not None else ()
         plan = slot.layout.plan
-        if plan is None or not _is_token_self_attention(slot, hidden_states, encoder_hidden_states, attention_mask):
+        if plan is None or not _fits(slot, attn, hidden_states, encoder_hidden_states, attention_mask):
             slot.count(hidden_states, None)
             return slot.original(attn, hidden_states, encoder_hidden_states, attention_mask, *rest, **kwargs)
         slot.count(hidden_states, plan.pairs)
-        if plan.around or attention_mask is not None or not _is_plain(attn, slot.original):
+        strategy = slot.strategy
+        if strategy.wraps and (plan.around or attention_mask is not None or not _is_plain(attn, slot.original, _STOCK)):
 
             def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
                 return slot.original(attn, tokens, None, mask, *rest, **kwargs)
 
-            return slot.strategy.around(run, hidden_states, attention_mask, slot.layout)
-        query, key, value = project(attn, hidden_states, fused=isinstance(slot.original, FusedAttnProcessor2_0))
-        return finish(attn, slot.strategy.attend(query, key, value, slot.layout, slot.context), hidden_states)
+            return strategy.around(run, hidden_states, attention_mask, slot.layout)
+        fused = isinstance(slot.original, FusedAttnProcessor2_0)
+        query, key, value = strategy.project(attn, hidden_states, partial(project, attn, fused=fused))
+        attended = strategy.attend(query, key, value, slot.layout, slot.context)
+        return finish(attn, strategy.output(attn, attended.flatten(-2), attn.to_out[0]), hidden_states)
 
 
 def project(attn: Attention, hidden_states: Tensor, *, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,24 +89,32 @@ def project(attn: Attention, hidden_states: Tensor, *, fused: bool) -> tuple[Ten
     return query, key, value
 
 
-def finish(attn: Attention, attended: Tensor, residual: Tensor) -> Tensor:
-    """From heads `[B, S, H, D]` back to hidden states, as the stock processor ends."""
-    hidden_states: Tensor = attn.to_out[1](attn.to_out[0](attended.flatten(-2)))
+def finish(attn: Attention, projected: Tensor, residual: Tensor) -> Tensor:
+    """From the output projection `[B, S, C]` to hidden states, as the stock processor ends."""
+    hidden_states: Tensor = attn.to_out[1](projected)
     if attn.residual_connection:
         hidden_states = hidden_states + residual
     return hidden_states / attn.rescale_output_factor
 
 
-def _is_token_self_attention(
-    slot: Slot, hidden_states: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None
+def _fits(
+    slot: Slot,
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    attention_mask: Tensor | None,
 ) -> bool:
     """Whether the plan fits this call; where it does not, the layer runs dense and the report says why."""
-    height, width = slot.layout.grid or (0, 0)
+    grid = slot.layout.grid
     tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else 0
     if encoder_hidden_states is not None:
         why = "called with other tokens to attend to"
-    elif tokens != height * width:
-        why = f"{tokens} tokens do not form the expected {height}x{width} grid"
+    elif not slot.strategy.wraps and attention_mask is not None:
+        why = "an attention mask was given, which the method cannot honour"
+    elif not slot.strategy.wraps and not _is_plain(attn, slot.original, _EQUIVALENT):
+        why = f"{type(slot.original).__name__} computes its own attention"
+    elif tokens != math.prod(grid):
+        why = f"{tokens} tokens do not form the expected {'x'.join(map(str, grid))} grid"
     elif attention_mask is not None and tuple(attention_mask.shape[1:]) != (1, tokens):
         why = f"an attention mask of shape {tuple(attention_mask.shape)} is not one of keys"
     else:
@@ -101,8 +123,8 @@ def _is_token_self_attention(
     return False
 
 
-def _is_plain(attn: Attention, processor: object) -> bool:
-    return type(processor) in _STOCK and attn.spatial_norm is None and attn.group_norm is None
+def _is_plain(attn: Attention, processor: object, plain: tuple[type, ...]) -> bool:
+    return type(processor) in plain and attn.spatial_norm is None and attn.group_norm is None
 
 
 def latent_size(arguments: dict[str, Any]) -> Size:
@@ -115,12 +137,27 @@ def is_self_attention(layer: str) -> bool:
     return layer.endswith(".attn1")
 
 
+def layer_grids(unet: Any, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Grid of each transformer block's self-attention for a latent of `size`."""
+    return sizes_by_layer(unet, unet_sizes(unet, (size[0], size[1])))
+
+
+def sizes_by_layer(unet: Any, sizes: UNetSizes) -> dict[str, tuple[int, ...]]:
+    """`sizes.transformers` spread over the self-attention layers inside them."""
+    return {
+        f"{name}.transformer_blocks.{block}.attn1": size
+        for name, size in sizes.transformers.items()
+        for block in range(len(getattr(unet.get_submodule(name), "transformer_blocks", ())))
+    }
+
+
 UNET = Family(
     name="Stable Diffusion U-Net",
     model_class="UNet2DConditionModel",
     self_attention=is_self_attention,
     processor=UNetAttnProcessor,
     size=latent_size,
+    grids=layer_grids,
 )
 
 

@@ -6,9 +6,13 @@ import difflib
 
 from .base import Config, Strategy
 from .hidiffusion import HiDiffusion, HiDiffusionStrategy
+from .linfusion import LinFusion, LinFusionStrategy
 
-CONFIGS: dict[str, type[Config]] = {config.name: config for config in (HiDiffusion,)}
-STRATEGIES: dict[str, type[Strategy]] = {HiDiffusion.name: HiDiffusionStrategy}
+CONFIGS: dict[str, type[Config]] = {config.name: config for config in (HiDiffusion, LinFusion)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    HiDiffusion.name: HiDiffusionStrategy,
+    LinFusion.name: LinFusionStrategy,
+}
 
 
 def methods() -> tuple[str, ...]:

@@ -70,14 +70,24 @@ class Strategy(abc.ABC):
         pipeline: the pipeline that was enabled, if it was one; not to be kept.
     """
 
-    #: Names of methods that may be enabled together with this one.
-    combines_with: ClassVar[frozenset[str]] = frozenset()
+    #: Names of methods that may be enabled together with this one, and then take the layers that both select.
+    yields_to: ClassVar[frozenset[str]] = frozenset()
+    #: Whether it can act around a processor that must be kept (`around`), or honour an attention mask that way.
+    wraps: ClassVar[bool] = False
+    #: Whether it may change the size of the feature maps, and so the grids of all layers, in a call.
+    resizes: ClassVar[bool] = False
 
     def __init__(self, config: Any, model: nn.Module, family: Family, context: Context, pipeline: Any = None) -> None:
         self.config = config
         self.model = model
         self.family = family
         self.context = context
+        #: The selected layers that are this method's, and not another's it was combined with.
+        self.layers: frozenset[str] = frozenset()
+
+    def gives_way_to(self, other: Strategy) -> bool:
+        """Whether the other method takes a layer that both select."""
+        return other.config.name in self.yields_to
 
     @abc.abstractmethod
     def select(self, layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -91,21 +101,40 @@ class Strategy(abc.ABC):
     def why_not(self, layer: str) -> str:
         """Why a layer was not selected."""
 
-    def install(self) -> None:  # noqa: B027 - optional
-        """Put hooks in place beyond the attention layers."""
+    def prepare(self) -> None:  # noqa: B027 - optional
+        """Fetch and check weights, before anything is changed.
+
+        Raises:
+            WeightsError: if they cannot be found or do not fit.
+        """
+
+    def install(self, *, passive: bool) -> None:  # noqa: B027 - optional
+        """Put in place what goes beyond processors; `passive` says that setting those is left to the user."""
 
     def remove(self) -> None:  # noqa: B027 - optional
         """Undo `install` exactly."""
 
     @abc.abstractmethod
     def begin(self, call: Call, layouts: Mapping[str, Layout]) -> None:
-        """Before each denoiser call, outside compiled regions: plan the layers, edit the call."""
+        """Before each denoiser call, outside compiled regions: plan one's own of the layers, edit the call.
+
+        Every layer comes with its grid and no plan. A method that resizes sets the grids of all.
+        """
+
+    def project(
+        self, attn: nn.Module, hidden_states: Tensor, stock: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value `[B, S, H, D]` in a layer with a plan; `stock` makes them with its own weights."""
+        return stock(hidden_states)
 
     @abc.abstractmethod
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, context: Context) -> Tensor:
         """Attention `[B, S, H, D]` of a layer that has a plan."""
 
-    @abc.abstractmethod
+    def output(self, attn: nn.Module, attended: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output projection of `[B, S, C]`; `stock` makes it with the layer's own weights."""
+        return stock(attended)
+
     def around(
         self,
         run: Callable[[Tensor, Tensor | None], Tensor],
@@ -113,7 +142,11 @@ class Strategy(abc.ABC):
         mask: Tensor | None,
         layout: Layout,
     ) -> Tensor:
-        """A layer whose processor must be kept: `run` is that processor on tokens `[B, S, C]` and a key bias."""
+        """A layer whose processor must be kept: `run` is that processor on tokens `[B, S, C]` and a key bias.
+
+        Asked only of a method that `wraps`.
+        """
+        raise NotImplementedError
 
     def beyond_attention(self) -> str:
         """What `install` adds that processors alone cannot carry, in words; empty for nothing."""

@@ -20,7 +20,7 @@ from ...kernels.window_attention import from_windows, to_windows, window_groups
 from ..context import Context
 from ..families import unet_seams as seams
 from ..families.base import Family, Layout
-from ..families.unet import Size, UNetSizes, unet_sizes
+from ..families.unet import Size, UNetSizes, sizes_by_layer, unet_sizes
 from ..observe import Call, forget_cached_features
 from . import hidiffusion_schedule as schedule
 from .base import Config, Strategy
@@ -133,7 +133,9 @@ class HiDiffusionStrategy(Strategy):
     """HiDiffusion at work on one U-Net."""
 
     config: HiDiffusion
-    combines_with: ClassVar[frozenset[str]] = frozenset({"linfusion"})
+    yields_to: ClassVar[frozenset[str]] = frozenset({"linfusion"})
+    wraps: ClassVar[bool] = True
+    resizes: ClassVar[bool] = True
 
     def __init__(
         self, config: HiDiffusion, model: nn.Module, family: Family, context: Context, pipeline: Any = None
@@ -170,7 +172,9 @@ class HiDiffusionStrategy(Strategy):
 
     # Edits beyond attention.
 
-    def install(self) -> None:
+    def install(self, *, passive: bool) -> None:
+        if passive:
+            return
         self._raunet = self.config.raunet
         if self._raunet:
             down, up = self.structure.pooled_transformers(self.model)
@@ -206,8 +210,6 @@ class HiDiffusionStrategy(Strategy):
     def begin(self, call: Call, layouts: Mapping[str, Layout]) -> None:
         size = self.family.size(call.arguments)
         assert len(size) == 2
-        for layout in layouts.values():
-            layout.plan = None
         self._conv_on = self._pool_on = False
         if not self._is_active(size):
             self._record(size, None, "inactive: native size")
@@ -225,9 +227,11 @@ class HiDiffusionStrategy(Strategy):
         if sizes != self._sizes:
             self._sizes = sizes
             forget_cached_features(self.model)
+        grids = sizes_by_layer(self.model, sizes)
         for name, layout in layouts.items():
-            layout.grid = sizes.transformers[name.partition(".transformer_blocks.")[0]]
-            layout.plan = self._window_plan(name.removesuffix(".attn1"), layout.grid)
+            layout.grid = grids.get(name, ())
+            if layout.grid and name in self.layers:
+                layout.plan = self._window_plan(name.removesuffix(".attn1"), layout.grid)
         controls = ("down_block_additional_residuals", "mid_block_additional_residual")
         if self._has_controlnet and self._controlnet_has_ended() and call.first(*controls) is not None:
             for name in controls:
@@ -239,7 +243,6 @@ class HiDiffusionStrategy(Strategy):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, context: Context) -> Tensor:
         plan: WindowPlan = layout.plan
         grid = layout.grid
-        assert grid is not None
         if torch.compiler.is_compiling():
             # As data: a number would be a new graph for every shift.
             return kernels.window_attention(query, key, value, grid=grid, windows=plan.windows, shift=plan.shift_tensor)
@@ -259,7 +262,6 @@ class HiDiffusionStrategy(Strategy):
     ) -> Tensor:
         plan: WindowPlan = layout.plan
         grid = layout.grid
-        assert grid is not None
         self.context.recorder.ran_on(layout.layer, "original processor in windows")
         if plan.around:
             resized_to: tuple[int, ...] = _even(grid, plan.windows)

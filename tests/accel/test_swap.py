@@ -131,7 +131,7 @@ def test_what_is_refused_changes_nothing(method: Any) -> None:
 def test_what_fails_half_way_is_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = slim("sd15")
 
-    def fail(self: Any) -> None:
+    def fail(self: Any, *, passive: bool) -> None:
         raise Aborted
 
     monkeypatch.setattr(HiDiffusionStrategy, "install", fail)

@@ -1,0 +1,33 @@
+"""Adapters (LoRA and its kin) on a projection whose weights a method replaces: what they add must stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def adapter_delta(module: nn.Module, inputs: Tensor) -> Tensor | None:
+    """What the adapters on a linear layer add to its output for `inputs` `[..., C]`; None where there are none.
+
+    Adapters in use and those fused into the weights both count. The layer's own weights do not: a plain LoRA is
+    computed by itself, any other kind (DoRA, LoKr …) as the difference it makes to the layer.
+    """
+    layer: Any = module
+    if not hasattr(layer, "base_layer") or layer.disable_adapters:
+        return None
+    if layer.merged:
+        fused = sum(layer.get_delta_weight(name) for name in layer.merged_adapters)
+        return F.linear(inputs, fused.to(inputs.dtype))
+    if not hasattr(layer, "lora_A") or getattr(layer, "lora_variant", None):
+        difference: Tensor = layer(inputs) - layer.base_layer(inputs)
+        return difference
+    parts = [_lora(layer, name, inputs) for name in layer.active_adapters if name in layer.lora_A]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def _lora(layer: Any, name: str, inputs: Tensor) -> Tensor:
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    added: Tensor = up(down(layer.lora_dropout[name](inputs.to(down.weight.dtype)))) * layer.scaling[name]
+    return added.to(inputs.dtype)

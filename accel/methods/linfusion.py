@@ -1,0 +1,176 @@
+"""LinFusion: global linear attention in place of softmax self-attention (arXiv 2409.02097)."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ... import kernels
+from ..context import Context
+from ..errors import UnsupportedModel, WeightsError
+from ..families.base import Family, Layout
+from ..observe import Call
+from . import linfusion_weights as weights_files
+from .base import Config, Strategy
+from .linfusion_layer import CHILD, LinFusionLayer, from_stock
+
+AUTO = "auto"
+_COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Its linear attention overflows in fp16 with the published code, and what feeds it may here.
+_FP16_UNSTABLE = "Yuanshi/LinFusion-2-1"
+
+
+@dataclass(frozen=True)
+class LinFusion(Config):
+    """Linear attention in every self-attention layer of an SD 1.5, SD 2.1 or SDXL U-Net.
+
+    Attributes:
+        weights: a bundled name, a file or folder in the published layout, or a Hub id; "auto" takes what fits the
+            layers of the U-Net; None the U-Net's own projections, where distillation starts (poor pictures).
+        eps: added to the denominator, which is a mean over the keys.
+
+    Raises:
+        ValueError: for a value no U-Net could use.
+    """
+
+    name: ClassVar[str] = "linfusion"
+
+    weights: str | None = AUTO
+    eps: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weights, os.PathLike):
+            object.__setattr__(self, "weights", os.fspath(self.weights))
+        if self.weights is not None and (not isinstance(self.weights, str) or not self.weights):
+            raise ValueError(f'weights must be "auto", a name, a path, a Hub id or None, got {self.weights!r}')
+        is_number = isinstance(self.eps, numbers.Real) and not isinstance(self.eps, bool)
+        if not is_number or not 0 < self.eps < math.inf:
+            raise ValueError(f"eps must be a positive number, got {self.eps!r}")
+
+
+@dataclass
+class LinearPlan:
+    """Linear attention in a layer: its cost is that of `pairs` query-key pairs an image."""
+
+    grid: tuple[int, ...]
+    pairs: int
+    around: bool = False
+    backend: str | None = None
+
+
+class LinFusionStrategy(Strategy):
+    """LinFusion at work on one U-Net."""
+
+    config: LinFusion
+
+    def __init__(
+        self, config: LinFusion, model: nn.Module, family: Family, context: Context, pipeline: Any = None
+    ) -> None:
+        super().__init__(config, model, family, context, pipeline)
+        self.attention: dict[str, Any] = {}
+        self.shapes: list[weights_files.LayerShape] = []
+        self._tensors: list[dict[str, Tensor]] = []
+        self._plans: dict[str, LinearPlan] = {}
+        #: False: every layer runs as stock, bit for bit, as the teacher of a distillation does.
+        self.active = True
+
+    # What is accelerated, and with which weights.
+
+    def select(self, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+        self.attention = {name: attn for name, attn in layers.items() if self.family.self_attention(name)}
+        if not self.attention:
+            raise UnsupportedModel(f"{type(self.model).__name__} has no self-attention layer (attn1) for linfusion")
+        self.shapes = weights_files.layers_of(self.attention)
+        self.source = self.config.weights
+        if self.source == AUTO:
+            self.source = weights_files.automatic(self.shapes)
+        self.context.recorder.remarks["weights"] = f"weights: {self._weights_in_words()}"
+        return dict.fromkeys(self.attention, "global linear attention")
+
+    def why_not(self, layer: str) -> str:
+        return "not self-attention over image tokens"
+
+    def prepare(self) -> None:
+        if self.config.weights is None:
+            self._tensors = [from_stock(attn) for attn in self.attention.values()]
+            return
+        if self.source is None:
+            raise WeightsError(
+                f"no LinFusion weights are known for a U-Net with {weights_files.signature(self.shapes)}: "
+                "distil some (attnswap distill linfusion) and give their folder as weights"
+            )
+        self._tensors = weights_files.load(self.source, self.shapes, type(self.model).__name__)
+
+    def install(self, *, passive: bool) -> None:
+        for attn, tensors in zip(self.attention.values(), self._tensors, strict=True):
+            where, dtype = self._place_of(attn)
+            attn.add_module(CHILD, LinFusionLayer({name: x.to(where, dtype) for name, x in tensors.items()}))
+        self._tensors = []
+        if self.source == _FP16_UNSTABLE and dtype == torch.float16:
+            self.context.recorder.note(f"{_FP16_UNSTABLE} is known to be unstable in float16: use bfloat16", warn=True)
+        if self.config.weights is None:
+            self.context.recorder.note("no distilled weights: the pictures will be poor", warn=True)
+
+    def remove(self) -> None:
+        for attn in self.attention.values():
+            attn._modules.pop(CHILD, None)
+        self.reset()
+
+    def reset(self) -> None:
+        self._plans = {}
+
+    # Each call.
+
+    def begin(self, call: Call, layouts: Mapping[str, Layout]) -> None:
+        for name in self.layers:
+            layout = layouts[name]
+            if not layout.grid or not self.active:
+                continue
+            plan = self._plans.get(name)
+            if plan is None or plan.grid != layout.grid:
+                attn = self.attention[name]
+                # phi(K)^T V and phi(Q) S cost as much a token as the scores and the sum of d keys.
+                pairs = math.prod(layout.grid) * (attn.to_v.out_features // attn.heads)
+                plan = self._plans[name] = LinearPlan(layout.grid, pairs)
+            layout.plan = plan
+
+    def project(
+        self, attn: nn.Module, hidden_states: Tensor, stock: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layer: LinFusionLayer = getattr(attn, CHILD)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in layer.project(attn, hidden_states))
+        return query, key, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, context: Context) -> Tensor:
+        if not torch.compiler.is_compiling() and layout.plan.backend is None:
+            layout.plan.backend = kernels.explain("linear_attention", query, key, value).backend
+            context.recorder.ran_on(layout.layer, layout.plan.backend)
+        return kernels.linear_attention(query, key, value, eps=self.config.eps)
+
+    def output(self, attn: nn.Module, attended: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
+        layer: LinFusionLayer = getattr(attn, CHILD)
+        return layer.output(attn, attended)
+
+    def _place_of(self, attn: Any) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype for a layer's weights: those of its own, or where its offloading hook computes."""
+        base = getattr(attn.to_q, "base_layer", attn.to_q)
+        device, dtype = base.weight.device, base.weight.dtype
+        if device.type == "meta":
+            device = torch.device(base._hf_hook.execution_device)
+        # Quantised weights, or those cast for storage only: the model says in what it computes.
+        model: Any = self.model
+        return device, dtype if dtype in _COMPUTED_IN else model.dtype
+
+    def _weights_in_words(self) -> str:
+        if self.config.weights is None:
+            return "the U-Net's own projections"
+        if self.source is None:
+            return "none known for these layers"
+        return self.source if self.config.weights != AUTO else f"{self.source} (auto)"

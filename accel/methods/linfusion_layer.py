@@ -1,0 +1,129 @@
+"""The weights of one linear-attention layer, and what projects with them (LinFusion, arXiv 2409.02097, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapters import adapter_delta
+
+#: The name under which an attention layer holds its `LinFusionLayer`.
+CHILD = "linfusion"
+# From the names of the published checkpoints to those of the tensors here: a registered tensor has no dot in its name.
+_PROJECTIONS = {
+    "to_q.weight": "query",
+    "to_k.weight": "key",
+    "to_v.weight": "value",
+    "to_out.0.weight": "out",
+    "to_out.0.bias": "out_bias",
+}
+_MLP = {
+    "0.weight": "in",
+    "0.bias": "in_bias",
+    "1.weight": "norm",
+    "1.bias": "norm_bias",
+    "3.weight": "out",
+    "3.bias": "out_bias",
+}
+PUBLISHED = {
+    **_PROJECTIONS,
+    **{
+        f"{to}.{key}": f"{branch}_{name}"
+        for to, branch in (("to_q_", "query"), ("to_k_", "key"))
+        for key, name in _MLP.items()
+    },
+}
+
+
+class LinFusionLayer(nn.Module):
+    """The 17 tensors of a layer, in an attention layer but outside its state dict.
+
+    They are buffers that are not persistent: so they follow `.to()` and offloading, while `save_pretrained` and
+    `ControlNetModel.from_unet` see the stock layer alone. For training they are parameters.
+
+    Args:
+        tensors: by their names in the published checkpoints; without those of an MLP (5 tensors) its refinement is
+            the identity, as `projection_mid_dim` -1 asks.
+        trainable: make parameters of them.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, trainable: bool = False) -> None:
+        super().__init__()
+        self.has_mlp = "to_q_.0.weight" in tensors
+        for published, name in PUBLISHED.items():
+            if published not in tensors:
+                continue
+            if trainable:
+                self.register_parameter(name, nn.Parameter(tensors[published]))
+            else:
+                self.register_buffer(name, tensors[published], persistent=False)
+
+    def published(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by their published names, in the published order."""
+        for published, name in PUBLISHED.items():
+            if hasattr(self, name):
+                yield published, getattr(self, name)
+
+    def project(self, attn: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value `[B, S, C]` of hidden states `[B, S, C]`; `attn` brings adapters (LoRA), if any."""
+        for_query, for_key = self._refined(hidden_states, "query"), self._refined(hidden_states, "key")
+        return (
+            self._linear(attn.to_q, for_query, "query"),
+            self._linear(attn.to_k, for_key, "key"),
+            self._linear(attn.to_v, hidden_states, "value"),
+        )
+
+    def output(self, attn: nn.Module, attended: Tensor) -> Tensor:
+        """The output projection of `[B, S, C]`."""
+        return self._linear(attn.to_out[0], attended, "out", "out_bias")  # type: ignore[index]
+
+    def _linear(self, stock: nn.Module, inputs: Tensor, weight: str, bias: str | None = None) -> Tensor:
+        projected = F.linear(inputs, self._like(inputs, weight), None if bias is None else self._like(inputs, bias))
+        delta = adapter_delta(stock, inputs)
+        return projected if delta is None else projected + delta
+
+    def _refined(self, hidden_states: Tensor, branch: str) -> Tensor:
+        """x + f(x), f a two-layer MLP over the full width."""
+        if not self.has_mlp:
+            return hidden_states + hidden_states  # the published code adds the identity
+        weight, bias, scale, shift, out, out_bias = (self._like(hidden_states, f"{branch}_{x}") for x in _MLP.values())
+        hidden = F.layer_norm(F.linear(hidden_states, weight, bias), scale.shape, scale, shift)
+        return hidden_states + F.linear(F.leaky_relu(hidden), out, out_bias)
+
+    def _like(self, inputs: Tensor, name: str) -> Tensor:
+        """A tensor where the inputs are: offloading that was set up before the layer came does not move it."""
+        tensor: Tensor = getattr(self, name)
+        return tensor.to(inputs.device, inputs.dtype)
+
+
+def from_stock(attn: nn.Module, mid: int | None = None) -> dict[str, Tensor]:
+    """Where distillation starts: a layer's own projections, and MLPs whose last layer is zero, so that x + f(x) = x.
+
+    Args:
+        attn: a self-attention layer of Diffusers.
+        mid: width of the MLPs, the layer's own by default.
+    """
+    projections = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out.0": attn.to_out[0]}  # type: ignore[index]
+    tensors: dict[str, Tensor] = {}
+    for name, module in projections.items():
+        base = getattr(module, "base_layer", module)
+        tensors[f"{name}.weight"] = base.weight.detach().clone()
+        if name == "to_out.0":
+            tensors[f"{name}.bias"] = base.bias.detach().clone()
+    weight = tensors["to_q.weight"]
+    width = weight.shape[1]
+    mid = width if mid is None else mid
+    for branch in ("to_q_", "to_k_"):
+        first = nn.Linear(width, mid)
+        tensors |= {
+            f"{branch}.0.weight": first.weight.detach(),
+            f"{branch}.0.bias": first.bias.detach(),
+            f"{branch}.1.weight": torch.ones(mid),
+            f"{branch}.1.bias": torch.zeros(mid),
+            f"{branch}.3.weight": torch.zeros(width, mid),
+            f"{branch}.3.bias": torch.zeros(width),
+        }
+    return {name: tensor.to(weight.device, weight.dtype) for name, tensor in tensors.items()}
