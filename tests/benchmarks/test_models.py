@@ -5,6 +5,7 @@ import pytest
 import torch
 from attnswap.accel.install import installed_in
 from attnswap.benchmarks import models, runner
+from attnswap.pipelines import load, presets
 from attnswap.pipelines.errors import BadInput
 
 
@@ -19,7 +20,7 @@ def benchmark_of(unet):
     return models.unet_benchmark(
         "tiny",
         unet,
-        methods=[attnswap.HiDiffusion()],
+        methods=lambda side: [attnswap.HiDiffusion()],
         timesteps=torch.arange(900, -1, -100),
         pixels_per_latent=8,
         text_tokens=16,
@@ -32,7 +33,10 @@ def test_every_method_is_measured_against_the_stock_model_at_native_size_and_abo
     for record in result.records:
         assert record.kind == "model"
         assert [m.contender for m in record.measurements] == ["stock", *attnswap.methods()]
-        assert all(m.status == "ok" and m.median_ms > 0 for m in record.measurements)
+        stock, hidiffusion, linfusion = record.measurements
+        assert all(m.status == "ok" and m.median_ms > 0 for m in (stock, hidiffusion))
+        assert linfusion.status == "unavailable"
+        assert "no LinFusion weights are known" in linfusion.reason
     assert "hidiffusion" in result.table()
 
 
@@ -59,6 +63,34 @@ def test_a_method_that_does_not_apply_is_named_with_the_reason(tiny_sd, unet, mo
     (record, *_) = runner.run_benchmarks([benchmark_of(unet)], quick=True, device="cpu").records
     assert [m.status for m in record.measurements] == ["ok", "unavailable"]
     assert record.measurements[1].reason == "no such layer"
+
+
+def test_only_the_methods_asked_for_are_measured(tiny_sd):
+    (record, *_) = models.run(str(tiny_sd), methods=["hidiffusion"], device="cpu", quick=True).records
+    assert [m.contender for m in record.measurements] == ["stock", "hidiffusion"]
+
+
+def test_a_whole_picture_is_timed_from_prompt_to_pixels(tiny_sd, monkeypatch):
+    monkeypatch.setattr(models, "FACTORS", (1, 2))
+    monkeypatch.setattr(models, "FEW_STEPS_FROM", 2)
+    monkeypatch.setattr(models, "FEW_STEPS", 1)
+    pipe = load.load(load.find(str(tiny_sd)), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    seen = []
+    pipe.unet.register_forward_pre_hook(lambda unet, inputs: seen.append(tuple(inputs[0].shape)))
+    benchmark = models.picture_benchmark(
+        "tiny", pipe, methods=lambda side: [attnswap.HiDiffusion()], preset=presets.Preset(steps=2)
+    )
+    native, double = runner.run_benchmarks([benchmark], device="cpu").records
+    assert native.case == "a whole picture, 64 px, 1x the native side, 2 steps"
+    assert double.case == "a whole picture, 128 px, 2x the native side, 1 steps"
+    assert all(m.status == "ok" for record in (native, double) for m in record.measurements)
+    assert set(seen) == {(2, 4, 8, 8), (2, 4, 16, 16)}
+
+
+def test_an_unknown_method_is_refused(tiny_sd):
+    with pytest.raises(BadInput, match=r"unknown method 'linfuson'\. Did you mean linfusion"):
+        models.run(str(tiny_sd), methods=["linfuson"], device="cpu")
 
 
 def test_an_unknown_model_is_refused():
