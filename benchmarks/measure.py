@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 import torch
 
+from .memory import peak_bytes
 from .registry import Benchmark, Case, Check, Contender, Inputs, Prepared, Unavailable
 from .result import Measurement
 from .timing import Clock, Timed, clock_for, interleave
@@ -18,9 +20,18 @@ SEED = 0
 
 
 def measure_case(
-    benchmark: Benchmark, case: Case, dtype: torch.dtype, device: torch.device, *, seconds: float
+    benchmark: Benchmark,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seconds: float,
+    known: Mapping[str, Measurement],
 ) -> tuple[Measurement, ...]:
-    """One measurement per contender, in their order; whatever goes wrong is in the measurement, nothing is raised."""
+    """One measurement per contender, in their order; whatever goes wrong is in the measurement, nothing is raised.
+
+    `known` has measurements, by contender, that need not or cannot be made.
+    """
     contenders = benchmark.contenders(device)
     try:
         clock = clock_for(device)
@@ -28,7 +39,13 @@ def measure_case(
         check = benchmark.check(case, inputs) if benchmark.check else None
     except Exception as error:
         return tuple(_failed(contender, _reason(error)) for contender in contenders)
-    trials = [_try(contender, case, inputs, check, clock) for contender in contenders]
+    memory_on = device if benchmark.memory else None
+    trials = [
+        (known[contender.name], None)
+        if contender.name in known
+        else _try(contender, case, inputs, check, clock, memory_on)
+        for contender in contenders
+    ]
     ready = {found.contender: Timed(prepared.call, prepared.around) for found, prepared in trials if prepared}
     if not ready:
         return tuple(found for found, _ in trials)
@@ -45,7 +62,12 @@ def measure_case(
 
 
 def _try(
-    contender: Contender, case: Case, inputs: Inputs, check: Check | None, clock: Clock
+    contender: Contender,
+    case: Case,
+    inputs: Inputs,
+    check: Check | None,
+    clock: Clock,
+    memory_on: torch.device | None,
 ) -> tuple[Measurement, Prepared | None]:
     """The contender's first call: is it able to run, and is it right? Only then is there something to time."""
     with warnings.catch_warnings(record=True) as caught:
@@ -60,12 +82,15 @@ def _try(
             error, limit = (
                 _error(prepared.restore(output), check) if check and contender.role != "dense" else (None, None)
             )
+            del output
+            with prepared.around():
+                peak = peak_bytes(prepared.call, memory_on) if memory_on else None
         except Unavailable as unavailable:
             return Measurement(contender.name, contender.role, "unavailable", str(unavailable)), None
         except Exception as failure:
             notes = "; ".join(dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught))
             return _failed(contender, _reason(failure, notes)), None
-    found = Measurement(contender.name, contender.role, "ok", error=error, error_limit=limit)
+    found = Measurement(contender.name, contender.role, "ok", error=error, error_limit=limit, peak_bytes=peak)
     if error is not None and limit is not None and not error <= limit:  # NaN is wrong too
         reason = f"error {error:.2g} against the reference, {limit:.2g} allowed"
         return replace(found, status="wrong", reason=reason), None

@@ -27,6 +27,14 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Where a case stands in a series of cases that differ in `size` alone, such as the number of tokens."""
+
+    series: str
+    size: int
+
+
+@dataclass(frozen=True)
 class Case:
     """One problem size. `shape` is plain JSON and is all that the benchmark needs to build its inputs."""
 
@@ -35,6 +43,7 @@ class Case:
     device: Literal["cpu", "cuda"]
     dtypes: tuple[torch.dtype, ...]
     quick: bool = False
+    scale: Scale | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +72,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Contender:
+    """`order`: its time grows as size ** order along a series. Given, a call that would take too long is not made, and
+    its time is extrapolated."""
+
     name: str
     role: Role
     prepare: Callable[[Case, Inputs], Prepared]
+    order: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: cases, inputs, contenders. A model has no `cost` and no `check`: it is compared by time alone."""
+    """A benchmark: cases, inputs, contenders. A model has no `cost` and no `check`: it is compared by time alone.
+
+    With `memory`, the peak memory of each contender is measured too.
+    """
 
     name: str
     cases: tuple[Case, ...]
@@ -91,6 +107,7 @@ class Benchmark:
     cost: Callable[[Case, torch.dtype], Cost] | None = None
     check: Callable[[Case, Inputs], Check] | None = None
     kind: Kind = "op"
+    memory: bool = False
 
 
 class Registry:
@@ -125,6 +142,6 @@ class Registry:
 
 def default_registry() -> Registry:
     """Every op that has a benchmark. A new op adds its module here."""
-    from . import window_attention
+    from . import linear_attention, window_attention
 
-    return Registry([window_attention.BENCHMARK])
+    return Registry([window_attention.BENCHMARK, linear_attention.BENCHMARK])

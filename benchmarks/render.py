@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .machine import ROOT
 from .result import Measurement, Record, Result
-from .table import HEADINGS, LEGEND, case_title, cells, not_timed
+from .table import LEGEND, case_title, cells, growth_line, has_row, headings, not_timed
 
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = ("cpu-*.json", "gpu-*.json", "model-*.json")
@@ -33,18 +33,26 @@ METHOD = f"""\
   (A B C A B C …), so that a drift of the machine hits all alike. Only ratios within one table mean anything.
 - **Three kinds of contenders.** *attnswap …* are this package's backends. *SDPA on windows* and *FlexAttention* give
   the same result by PyTorch's own code: SDPA gets tensors that already lie window by window and never brings them
-  back, which a model would have to pay for; FlexAttention's compiling and block mask are not timed. *Dense SDPA* is
-  full attention over all tokens: another result, and what a stock pipeline runs.
+  back, which a model would have to pay for; FlexAttention's compiling and block mask are not timed. The *published
+  form* of linear attention is that of LinFusion's code, in plain PyTorch. *Dense SDPA* is full attention over all
+  tokens: another result, and what a stock pipeline runs.
 - **Right first.** Before it is timed, a contender is compared with the reference in higher precision, on the first
   and the last head of the batch. Its relative error ‖out − exact‖ / ‖exact‖ may be at most twice that of plain
   PyTorch in the same dtype; one that is over is reported as wrong and not timed. Dense SDPA is PyTorch's own and not
   checked. Errors are in the JSON.
 - **Median.** After a warm-up, the median of 5 to 100 calls, with the fastest and the slowest. On a GPU by CUDA
   events, with the L2 cache flushed before each call; on a CPU by the wall clock.
-- **The ideal.** The least floating-point operations (two matrix products per window) over the peak, or the least
-  bytes (inputs read once, output written once) over the bandwidth, whichever takes longer. Peak and bandwidth are
-  measured in the same run, with a large matrix product of the same dtype and a large copy; no data sheet is involved.
-  The exponentials of the softmax are left out, so that 100% is out of reach.
+- **The ideal.** The least floating-point operations (two matrix products per window, or with a D x D matrix per token)
+  over the peak, or the least bytes (inputs read once, output written once) over the bandwidth, whichever takes longer.
+  Peak and bandwidth are measured in the same run, with a large matrix product of the same dtype and a large copy; no
+  data sheet is involved. Exponentials are left out, so that 100% is out of reach. Linear attention on a GPU is bound by
+  the bandwidth, so that there the share of the ideal is the share of the bandwidth.
+- **Memory.** Peak MiB is the most that PyTorch's allocator holds during a call beyond the inputs, output included.
+- **Growth.** Where cases differ in the number of tokens alone, the exponent of a power law is fitted to the fastest
+  call of each from 16384 tokens up, by least squares on logarithms.
+- **Extrapolated.** Dense attention is not called where a call is expected to take more than 10 s on a CPU or 1 s on a
+  GPU. Its row then has the time of the largest case measured, times the square of the ratio of the tokens, and says so.
+  No ratio is taken against it.
 - **Whole models.** A table that names a model times one call of its denoiser at the first step of a run, stock against
   each method with the settings that the model ships. Swapping in and out is not timed; only time is compared.
 - **Nothing dropped.** A contender that could not run stands below its table with the reason.
@@ -111,19 +119,23 @@ def _section_lines(result: Result) -> Iterator[str]:
         for record in result.records:
             if record.benchmark == benchmark:
                 yield from _case_lines(record)
+        growths = [growth_line(growth) for growth in result.growths if growth.benchmark == benchmark]
+        if growths:
+            yield ""
+            yield from (f"- {line}" for line in growths)
     if result.cut:
         yield from ("", "Left out:", "")
         yield from (f"- {cut.benchmark}, {cut.case}, {cut.dtype}: {cut.reason}" for cut in result.cut)
 
 
 def _case_lines(record: Record) -> Iterator[str]:
-    timed = [measurement for measurement in record.measurements if measurement.median_ms is not None]
+    timed = [measurement for measurement in record.measurements if has_row(measurement)]
     yield from ("", case_title(record), "")
     if timed:
-        yield _row(HEADINGS)
-        yield _row(("---", *["---:"] * (len(HEADINGS) - 1)))
+        yield _row(headings(record))
+        yield _row(("---", *["---:"] * (len(headings(record)) - 1)))
         yield from (_row(_emphasised(record, measurement)) for measurement in timed)
-    untimed = [measurement for measurement in record.measurements if measurement.median_ms is None]
+    untimed = [measurement for measurement in record.measurements if not has_row(measurement)]
     if untimed:
         yield ""
         yield from (f"- {not_timed(measurement)}" for measurement in untimed)

@@ -12,13 +12,16 @@ from typing import Any, Literal
 SCHEMA = 1
 TABLE_WIDTH = 100
 # "wrong": the error is over the limit, so it was not timed. "unavailable": not meant to run on this machine or case.
-# "failed": it broke. The reason says why.
-Status = Literal["ok", "wrong", "unavailable", "failed"]
+# "failed": it broke. "extrapolated": it would take too long. The reason says why.
+Status = Literal["ok", "wrong", "unavailable", "failed", "extrapolated"]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender on one case. Errors are ‖out − exact‖ / ‖exact‖; None where nothing was checked."""
+    """One contender on one case. Errors are ‖out − exact‖ / ‖exact‖; None where nothing was checked.
+
+    `peak_bytes` is what a call allocates at most, its output included. `extrapolated_ms` was not measured.
+    """
 
     contender: str
     role: str
@@ -30,6 +33,8 @@ class Measurement:
     rounds: int = 0
     error: float | None = None
     error_limit: float | None = None
+    peak_bytes: int | None = None
+    extrapolated_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Record:
     flops: float | None = None
     bytes: float | None = None
     ideal_ms: float | None = None
+    series: str | None = None
+    size: int | None = None
 
     def fastest(self, role: str) -> Measurement | None:
         timed = [m for m in self.measurements if m.role == role and m.median_ms is not None]
@@ -75,6 +82,19 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """How the time of a contender grows along a series: as size ** exponent, fitted from `smallest` to `largest`."""
+
+    benchmark: str
+    series: str
+    dtype: str
+    contender: str
+    exponent: float
+    smallest: int
+    largest: int
+
+
+@dataclass(frozen=True)
 class Result:
     date: str
     device: Mapping[str, Any]
@@ -85,6 +105,7 @@ class Result:
     records: tuple[Record, ...]
     cut: tuple[Cut, ...] = ()
     tests: Mapping[str, Any] | None = None
+    growths: tuple[Growth, ...] = ()
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +119,9 @@ class Result:
             Record(**{**record, "measurements": tuple(Measurement(**m) for m in record["measurements"])})
             for record in content["records"]
         )
-        return cls(**{**content, "records": records, "cut": tuple(Cut(**cut) for cut in content["cut"])})
+        cut = tuple(Cut(**cut) for cut in content["cut"])
+        growths = tuple(Growth(**growth) for growth in content.get("growths", ()))
+        return cls(**{**content, "records": records, "cut": cut, "growths": growths})
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Result:

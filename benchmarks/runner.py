@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from . import machine
+from .growth import growths, too_long
 from .machine import Ceiling
 from .measure import measure_case
 from .registry import DTYPES, Benchmark, Case, default_registry
@@ -19,6 +20,8 @@ from .result import Cut, Record, Result
 # How long the contenders of one case are timed, all of them together.
 SECONDS_PER_CASE = {"cuda": 1.5, "cpu": 4.0}
 QUICK_SECONDS_PER_CASE = 0.4
+# A contender whose next call is expected to take longer is not called.
+LONGEST_CALL_S = {"cuda": 1.0, "cpu": 10.0}
 
 Progress = Callable[[int, int, str], None]
 
@@ -80,6 +83,7 @@ def run_benchmarks(
             if benchmark.cost and name not in ceilings:
                 ceilings[name] = machine.measure_ceiling(where, dtype_)
             cost = benchmark.cost(case, dtype_) if benchmark.cost else None
+            known = too_long(benchmark, case, name, where, records, limit_s=LONGEST_CALL_S[where.type])
             records.append(
                 Record(
                     benchmark=benchmark.name,
@@ -87,10 +91,12 @@ def run_benchmarks(
                     case=case.label,
                     shape=dict(case.shape),
                     dtype=name,
-                    measurements=measure_case(benchmark, case, dtype_, where, seconds=seconds),
+                    measurements=measure_case(benchmark, case, dtype_, where, seconds=seconds, known=known),
                     flops=cost.flops if cost else None,
                     bytes=cost.bytes if cost else None,
                     ideal_ms=ceilings[name].ideal_ms(cost.flops, cost.bytes) if cost else None,
+                    series=case.scale.series if case.scale else None,
+                    size=case.scale.size if case.scale else None,
                 )
             )
             longest = max(longest, time.monotonic() - begun)
@@ -104,6 +110,7 @@ def run_benchmarks(
         ceilings={name: vars(ceiling) for name, ceiling in ceilings.items()},
         records=tuple(records),
         cut=tuple(cut),
+        growths=growths(records),
     )
 
 

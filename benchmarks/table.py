@@ -5,15 +5,21 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from .result import TABLE_WIDTH, Measurement, Record, Result
+from .result import TABLE_WIDTH, Growth, Measurement, Record, Result
 
 HEADINGS = ("contender", "ms", "min … max", "vs dense", "vs same", "of ideal")
+PEAK = "peak MiB"
 LEGEND = (
     "ms: median. vs dense, vs same: how many times faster than the fastest dense attention, and than the fastest "
     "code by others for the same result (its preparation not timed). of ideal: the time that this machine's measured "
-    "peak and bandwidth allow, as a share of the time taken."
+    "peak and bandwidth allow, as a share of the time taken. peak MiB: the most that a call allocates, output included."
 )
-_WIDTHS = (30, 10, 22, 10, 10, 10)
+_WIDTHS = (29, 9, 22, 10, 10, 10, 10)
+
+
+def headings(record: Record) -> tuple[str, ...]:
+    """Those of `cells`."""
+    return (*HEADINGS, PEAK) if _has_peaks(record) else HEADINGS
 
 
 def case_title(record: Record) -> str:
@@ -22,15 +28,35 @@ def case_title(record: Record) -> str:
 
 
 def cells(record: Record, measurement: Measurement) -> tuple[str, ...]:
-    """One row under `HEADINGS`, for a contender that was timed."""
-    return (
+    """One row under `headings`, for a contender whose time is known."""
+    if measurement.extrapolated_ms is None:
+        time = _milliseconds(measurement.median_ms)
+        span = f"{_milliseconds(measurement.min_ms)} … {_milliseconds(measurement.max_ms)}"
+    else:
+        time, span = f"≈ {_milliseconds(measurement.extrapolated_ms)}", "extrapolated"
+    row = (
         measurement.contender,
-        _milliseconds(measurement.median_ms),
-        f"{_milliseconds(measurement.min_ms)} … {_milliseconds(measurement.max_ms)}",
+        time,
+        span,
         _times(record.speedup(measurement, "dense")),
         _times(record.speedup(measurement, "same")),
         _percent(record.fraction_of_ideal(measurement)),
     )
+    return (*row, _mebibytes(measurement.peak_bytes)) if _has_peaks(record) else row
+
+
+def has_row(measurement: Measurement) -> bool:
+    return measurement.median_ms is not None or measurement.extrapolated_ms is not None
+
+
+def growth_line(growth: Growth) -> str:
+    """How the time of a contender grows along a series."""
+    which = f"{growth.contender}, {growth.dtype}, {growth.series}"
+    return f"{which}: time grows as size ^ {growth.exponent:.2f} from {growth.smallest} to {growth.largest}"
+
+
+def _has_peaks(record: Record) -> bool:
+    return any(measurement.peak_bytes is not None for measurement in record.measurements)
 
 
 def not_timed(measurement: Measurement) -> str:
@@ -47,16 +73,20 @@ def _text_lines(result: Result) -> Iterator[str]:
     yield textwrap.shorten(machine, TABLE_WIDTH)
     for benchmark in dict.fromkeys(record.benchmark for record in result.records):
         yield ""
-        yield _columns((benchmark, *HEADINGS[1:]))
-        for record in (record for record in result.records if record.benchmark == benchmark):
+        records = [record for record in result.records if record.benchmark == benchmark]
+        yield _columns((benchmark, *max(map(headings, records), key=len)[1:]))
+        for record in records:
             yield from textwrap.wrap(case_title(record), TABLE_WIDTH, subsequent_indent="    ")
             for measurement in record.measurements:
-                if measurement.median_ms is not None:
+                if has_row(measurement):
                     yield _columns((f"  {measurement.contender}", *cells(record, measurement)[1:]))
                 else:
                     yield from textwrap.wrap(
                         not_timed(measurement), TABLE_WIDTH, initial_indent="  ", subsequent_indent="    "
                     )
+        for growth in result.growths:
+            if growth.benchmark == benchmark:
+                yield from textwrap.wrap(growth_line(growth), TABLE_WIDTH, subsequent_indent="    ")
     if result.cut:
         yield ""
         for cut in result.cut:
@@ -67,7 +97,7 @@ def _text_lines(result: Result) -> Iterator[str]:
 
 
 def _columns(texts: tuple[str, ...]) -> str:
-    first, *rest = zip(texts, _WIDTHS, strict=True)
+    first, *rest = zip(texts, _WIDTHS, strict=False)
     return (f"{first[0]:<{first[1]}}" + "".join(f"{text:>{width}}" for text, width in rest)).rstrip()
 
 
@@ -80,6 +110,10 @@ def _milliseconds(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _mebibytes(value: int | None) -> str:
+    return "–" if value is None else f"{value / 2**20:.1f}"
 
 
 def _times(value: float | None) -> str:

@@ -6,8 +6,18 @@
 if __name__ != "kernels":
     from .dispatch import Explanation, explain, ops, use_backend
 
-    # The sub-package and its function share a name: `kernels.window_attention` is the function, while
+    # A sub-package and its function share a name: `kernels.window_attention` is the function, while
     # `from attnswap.kernels.window_attention import ...` still reaches the sub-package.
+    from .linear_attention import linear_attention, linear_attention_apply, linear_attention_state
     from .window_attention import window_attention
 
-    __all__ = ["Explanation", "explain", "ops", "use_backend", "window_attention"]
+    __all__ = [
+        "Explanation",
+        "explain",
+        "linear_attention",
+        "linear_attention_apply",
+        "linear_attention_state",
+        "ops",
+        "use_backend",
+        "window_attention",
+    ]

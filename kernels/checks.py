@@ -19,21 +19,29 @@ def shape_of(tensor: Tensor) -> str:
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
 
 
+def heads_last_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor [batch, tokens, heads, head_dim], not {type(tensor).__name__}")
+    if tensor.dim() != 4 or 0 in tensor.shape:
+        raise ValueError(f"{name} must be [batch, tokens, heads, head_dim] and not empty, got {shape_of(tensor)}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; supported are float16, bfloat16, float32 and float64")
+
+
+def same_dtype_and_device(first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.dtype != first.dtype:
+        raise ValueError(f"{first_name} is {first.dtype} but {name} is {tensor.dtype}; the dtypes must be equal")
+    if tensor.device != first.device:
+        raise ValueError(f"{first_name} is on {first.device} but {name} is on {tensor.device}")
+
+
 def self_attention_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """`query`, `key` and `value` are `[B, S, H, D]`, alike in shape, dtype and device."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a tensor [batch, tokens, heads, head_dim], not {type(tensor).__name__}")
-        if tensor.dim() != 4 or 0 in tensor.shape:
-            raise ValueError(f"{name} must be [batch, tokens, heads, head_dim] and not empty, got {shape_of(tensor)}")
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; supported are float16, bfloat16, float32 and float64")
+        heads_last_tensor(name, tensor)
         if tensor.shape != query.shape:
             raise ValueError(f"query is {shape_of(query)} but {name} is {shape_of(tensor)}; the shapes must be equal")
-        if tensor.dtype != query.dtype:
-            raise ValueError(f"query is {query.dtype} but {name} is {tensor.dtype}; the dtypes must be equal")
-        if tensor.device != query.device:
-            raise ValueError(f"query is on {query.device} but {name} is on {tensor.device}")
+        same_dtype_and_device("query", query, name, tensor)
 
 
 def int_pair(name: str, value: Sequence[int], *, minimum: int | None = None) -> tuple[int, int]:
@@ -121,3 +129,90 @@ def window_attention(
         "scale": scale_or_default(scale, head_dim),
         "key_mask": key_mask_tensor(key_mask, batch, tokens, query.device),
     }
+
+
+def key_value_tensors(key: Tensor, value: Tensor) -> None:
+    """`key` and `value` are `[B, N, H, D]`, alike in shape, dtype and device, with at least one key."""
+    for name, tensor in (("key", key), ("value", value)):
+        heads_last_tensor(name, tensor)
+    if key.shape != value.shape:
+        raise ValueError(f"key is {shape_of(key)} but value is {shape_of(value)}; the shapes must be equal")
+    same_dtype_and_device("key", key, "value", value)
+
+
+def positive_eps(eps: float) -> float:
+    """An epsilon that stays positive in fp32, so that no denominator is 0."""
+    smallest = torch.finfo(torch.float32).tiny
+    if not smallest <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and at least {smallest:.3g}, the smallest normal fp32, got {eps}")
+    return float(eps)
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    eps: float = 1e-4,
+    key_mask: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Normal form of `kernels.linear_attention`; the group is for the caller alone."""
+    heads_last_tensor("query", query)
+    sums = linear_attention_state(key, value, key_mask=key_mask)
+    same_dtype_and_device("query", query, "key", key)
+    if query.shape[0] != key.shape[0] or query.shape[2:] != key.shape[2:]:
+        raise ValueError(
+            f"query is {shape_of(query)} but key is {shape_of(key)}; batch, heads and head_dim must be equal"
+        )
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise ValueError(f"group must be a torch.distributed process group of this rank, got {group!r}")
+    return {"query": query, **sums, "eps": positive_eps(eps)}
+
+
+def linear_attention_state(key: Tensor, value: Tensor, *, key_mask: Tensor | None = None) -> dict[str, Any]:
+    """Normal form of `kernels.linear_attention_state`."""
+    key_value_tensors(key, value)
+    mask = key_mask_tensor(key_mask, key.shape[0], key.shape[1], key.device)
+    return {"key": key, "value": value, "key_mask": mask}
+
+
+def linear_attention_apply(
+    query: Tensor, state: Tensor, key_sum: Tensor, count: int | Tensor, *, eps: float = 1e-4
+) -> dict[str, Any]:
+    """Normal form of `kernels.linear_attention_apply`."""
+    heads_last_tensor("query", query)
+    batch, _, heads, head_dim = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    for name, tensor, shape in (
+        ("state", state, (batch, heads, head_dim, head_dim)),
+        ("key_sum", key_sum, (batch, heads, head_dim)),
+    ):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"for a {query.dtype} query of {shape_of(query)}, {name} must be {dtype} {list(shape)}, "
+                f"got {tensor.dtype} {shape_of(tensor)}"
+            )
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}")
+    return {
+        "query": query,
+        "state": state,
+        "key_sum": key_sum,
+        "count": counted_keys(count, batch, query.device),
+        "eps": positive_eps(eps),
+    }
+
+
+def counted_keys(count: int | Tensor, batch: int, device: torch.device) -> int | Tensor:
+    """A number of keys, at least 1, or int64 `[B]`."""
+    if isinstance(count, Tensor):
+        if count.dtype != torch.int64 or count.shape != (batch,):
+            raise ValueError(f"a count tensor must be int64 [batch] = [{batch}], got {count.dtype} {shape_of(count)}")
+        if count.device != device:
+            raise ValueError(f"count is on {count.device} but query is on {device}")
+    elif not isinstance(count, (int, torch.SymInt)) or isinstance(count, bool):
+        raise ValueError(f"count must be an integer or an int64 tensor [batch], got {count!r}")
+    elif count < 1:
+        raise ValueError(f"count must be at least 1 key, got {count}")
+    return count

@@ -88,19 +88,29 @@ class Op:
     name: str
     check: Callable[..., dict[str, Any]]
     implementations: dict[str, Implementation]
+    part_of: str | None = None
 
 
 _OPS: dict[str, Op] = {}
 
 
-def register(name: str, *, check: Callable[..., dict[str, Any]], implementations: tuple[Implementation, ...]) -> None:
-    """Make an operation known. Called once per operation, when its package is imported."""
-    _OPS[name] = Op(name, check, {entry.backend: entry for entry in implementations})
+def register(
+    name: str,
+    *,
+    check: Callable[..., dict[str, Any]],
+    implementations: tuple[Implementation, ...],
+    part_of: str | None = None,
+) -> None:
+    """Make an operation known. Called once per operation, when its package is imported.
+
+    `part_of` names the operation of which this is a step that can be taken alone.
+    """
+    _OPS[name] = Op(name, check, {entry.backend: entry for entry in implementations}, part_of)
 
 
 def ops() -> tuple[str, ...]:
-    """Names of all operations, sorted."""
-    return tuple(sorted(_OPS))
+    """Names of all operations, sorted; without the steps that are a part of one."""
+    return tuple(sorted(name for name, op in _OPS.items() if op.part_of is None))
 
 
 def get_op(name: str) -> Op:

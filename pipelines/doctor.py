@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 import platform
 from typing import Any
@@ -98,7 +99,8 @@ def explain(op: str, device: torch.device) -> Any:
     """`kernels.explain` for a typical call of `op`, on a tensor that has a shape and no memory."""
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     tensor = torch.empty(1, dtype=dtype, device=device).expand(TYPICAL_SHAPE)
-    return kernels.explain(op, tensor, tensor, tensor, grid=TYPICAL_GRID)
+    takes = inspect.signature(getattr(kernels, op)).parameters
+    return kernels.explain(op, tensor, tensor, tensor, **({"grid": TYPICAL_GRID} if "grid" in takes else {}))
 
 
 def _bundled() -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attnswap.benchmarks import runner, window_attention
+from attnswap.benchmarks import linear_attention, runner, window_attention
 from attnswap.benchmarks.registry import Case, Contender, Unavailable
 
 
@@ -105,3 +105,29 @@ def test_the_cost_of_one_window_is_that_of_dense_attention():
     cost = window_attention.cost(replace(ODD, shape=shape), torch.float16)
     assert cost.flops == 4 * 15 * 15 * 4
     assert cost.bytes == 4 * 15 * 4 * 2
+
+
+LINEAR = Case("odd", {"batch": 2, "tokens": 70, "heads": 3, "head_dim": 8}, "cpu", (torch.float32,), True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_linear_attention_and_its_baseline_agree_with_the_reference(dtype, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter is no contender
+    found = measure(replace(linear_attention.BENCHMARK, cases=(replace(LINEAR, dtypes=(dtype,)),)))
+    right = [name for name, measurement in found.items() if measurement.error is not None]
+    assert right == ["attnswap eager", "published form in PyTorch"]
+    assert all(found[name].status == "ok" for name in right)
+    assert found["attnswap triton"].status == "unavailable"
+    assert found["dense SDPA, flash"].status == "ok"
+    assert found["attnswap eager"].peak_bytes < found["published form in PyTorch"].peak_bytes
+
+
+def test_the_cost_of_linear_attention_is_two_products_with_a_square_matrix_for_each_token():
+    cost = linear_attention.cost(LINEAR, torch.float16)
+    assert cost.flops == 2 * 70 * 3 * 2 * (2 * 8 * 8)
+    assert cost.bytes == 4 * (2 * 70 * 3 * 8) * 2
+
+
+def test_only_dense_attention_is_extrapolated_and_with_the_square_of_the_tokens():
+    orders = {contender.role: contender.order for contender in linear_attention.contenders(torch.device("cpu"))}
+    assert orders == {"ours": None, "same": None, "dense": 2}

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from attnswap.benchmarks import runner
-from attnswap.benchmarks.result import Result
+from attnswap.benchmarks.result import Growth, Measurement, Result
 
 
 def double(x):
@@ -20,10 +21,21 @@ def result(doubling):
     )
 
 
+@pytest.fixture
+def grown(result):
+    """The same, with what a series of sizes, measured memory and a contender too slow to call add."""
+    (record,) = result.records
+    ours, same, _, wrong = record.measurements
+    slow = Measurement("dense", "dense", "extrapolated", "not called, it would take about 40 s", extrapolated_ms=4e4)
+    measurements = (replace(ours, peak_bytes=3 * 2**20), same, slow, wrong)
+    growth = Growth("doubling", "vectors", "float32", "ours", 1.02, 16384, 1048576)
+    return replace(result, records=(replace(record, measurements=measurements),), growths=(growth,))
+
+
 def test_the_schema_of_the_json_is_stable(result):
     content = result.to_dict()
     assert set(content) == {
-        *("schema", "date", "device", "versions", "commit", "quick", "ceilings", "records", "cut", "tests")
+        *("schema", "date", "device", "versions", "commit", "quick", "ceilings", "records", "cut", "tests", "growths")
     }
     assert content["schema"] == 1
     assert set(content["device"]) == {"type", "name", "threads", "cores", "load_average"}
@@ -31,16 +43,17 @@ def test_the_schema_of_the_json_is_stable(result):
     assert set(content["ceilings"]["float32"]) == {"flops_per_second", "bytes_per_second"}
     (record,) = content["records"]
     assert set(record) == {
-        *("benchmark", "kind", "case", "shape", "dtype", "measurements", "flops", "bytes", "ideal_ms")
+        *("benchmark", "kind", "case", "shape", "dtype", "measurements", "flops", "bytes", "ideal_ms", "series", "size")
     }
     assert set(record["measurements"][0]) == {
-        *("contender", "role", "status", "reason", "median_ms", "min_ms", "max_ms", "rounds", "error", "error_limit")
+        *("contender", "role", "status", "reason", "median_ms", "min_ms", "max_ms", "rounds", "error", "error_limit"),
+        *("peak_bytes", "extrapolated_ms"),
     }
 
 
-def test_a_result_survives_its_json_file(result, tmp_path):
-    result.write(tmp_path / "result.json")
-    assert Result.read(tmp_path / "result.json") == result
+def test_a_result_survives_its_json_file(grown, tmp_path):
+    grown.write(tmp_path / "result.json")
+    assert Result.read(tmp_path / "result.json") == grown
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
@@ -66,6 +79,18 @@ def test_the_table_fits_100_columns_and_names_what_was_not_timed(result):
     assert max(map(len, table.splitlines())) <= 100
     assert "other: wrong, error" in table
     assert "size 0" in table
+
+
+def test_the_table_shows_memory_growth_and_what_is_extrapolated(grown):
+    lines = grown.table().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[2].endswith("peak MiB")
+    (ours,) = (line for line in lines if line.startswith("  ours"))
+    assert ours.endswith("3.0")
+    (slow,) = (line for line in lines if line.startswith("  dense"))
+    assert slow.split() == ["dense", "≈", "40000", "extrapolated", "–", "–", "–", "–"]
+    assert grown.records[0].speedup(grown.records[0].measurements[0], "dense") is None
+    assert "ours, float32, vectors: time grows as size ^ 1.02 from 16384 to 1048576" in lines
 
 
 def test_progress_is_told_before_each_case_and_at_the_end(doubling):

@@ -1,0 +1,77 @@
+"""Along a series of cases that differ in size alone: how time grows, and what a call too long to make would take."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from .registry import Benchmark, Case
+from .result import Growth, Measurement, Record
+
+# Below this size, what a call costs at any size still shows. A line through two points says nothing about its fit.
+SMALLEST, FEWEST_POINTS = 16384, 3
+
+
+def growths(records: Iterable[Record]) -> tuple[Growth, ...]:
+    """The exponent of each contender's time, by least squares on logarithms, from `SMALLEST` up.
+
+    Of each case the fastest call counts: other work on the machine only ever adds time, and not to all cases alike.
+    """
+    points: dict[tuple[str, str, str, str], list[tuple[int, float]]] = {}
+    for record in records:
+        if record.series is None or record.size is None or record.size < SMALLEST:
+            continue
+        for measurement in record.measurements:
+            if measurement.min_ms:
+                key = (record.benchmark, record.series, record.dtype, measurement.contender)
+                points.setdefault(key, []).append((record.size, measurement.min_ms))
+    return tuple(
+        Growth(*key, _slope(found), min(found)[0], max(found)[0])
+        for key, found in points.items()
+        if len(found) >= FEWEST_POINTS
+    )
+
+
+def _slope(points: Sequence[tuple[int, float]]) -> float:
+    sizes, times = zip(*points, strict=True)
+    return statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, times))).slope
+
+
+def too_long(
+    benchmark: Benchmark, case: Case, dtype: str, device: torch.device, records: Iterable[Record], *, limit_s: float
+) -> dict[str, Measurement]:
+    """The contenders that are not to be called, by name: those expected to need more than `limit_s` for a call.
+
+    Expected is the time at the largest size measured so far in the series, times (size / that size) ** order.
+    """
+    if case.scale is None:
+        return {}
+    before = [
+        record
+        for record in records
+        if (record.benchmark, record.series, record.dtype) == (benchmark.name, case.scale.series, dtype)
+    ]
+    found = {}
+    for contender in benchmark.contenders(device):
+        measured = [
+            (record.size, measurement.median_ms)
+            for record in before
+            for measurement in record.measurements
+            if record.size and measurement.contender == contender.name and measurement.median_ms
+        ]
+        if contender.order is None or not measured:
+            continue
+        size, time_ms = max(measured)
+        expected_ms = time_ms * (case.scale.size / size) ** contender.order
+        if expected_ms > limit_s * 1e3:
+            reason = (
+                f"not called, it would take about {expected_ms / 1e3:.0f} s: extrapolated from {time_ms:.0f} ms "
+                f"at {size}, as size ^ {contender.order:g}"
+            )
+            found[contender.name] = Measurement(
+                contender.name, contender.role, "extrapolated", reason, extrapolated_ms=expected_ms
+            )
+    return found
