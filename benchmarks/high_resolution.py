@@ -33,7 +33,6 @@ VARIANTS: dict[str, dict[str, bool] | None] = {
     "RAU only": {"window_attention": False},
     "HiDiffusion (both)": {},
 }
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 SHOWN = 8
 THUMBNAIL = 96
 
@@ -69,7 +68,7 @@ def measure(model_name: str, factors: list[int], prompts: int, steps: int | None
             print(f"{side} px: {number + 1}/{prompts}", flush=True)
         sizes[side] = {
             name: {
-                **vars(judge(np.stack([_reduced(p, reference.side) for p in pictures[name]]), asked, reference)),
+                **vars(judge(np.stack([reduced(p, reference.side) for p in pictures[name]]), asked, reference)),
                 "seconds": statistics.median(seconds[name]),
                 "speed_up": statistics.median(
                     direct / own for direct, own in zip(seconds["direct"], seconds[name], strict=True)
@@ -105,14 +104,15 @@ def _draw(
     return image
 
 
-def _reduced(picture: np.ndarray, side: int) -> np.ndarray:
+def reduced(picture: np.ndarray, side: int) -> np.ndarray:
+    """`picture` [H, W, 3] in 0..1 at `side` x `side`, each pixel the mean of those it covers."""
     image = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((side, side), Image.Resampling.BOX)
     return np.asarray(image, np.float32) / 255
 
 
 def contact_sheet(rows: dict[str, dict[str, Any]]) -> Image.Image:
     """One row a variant, one column a prompt."""
-    thumbnails = [[_reduced(picture, THUMBNAIL) for picture in row.pop("pictures")] for row in rows.values()]
+    thumbnails = [[reduced(picture, THUMBNAIL) for picture in row.pop("pictures")] for row in rows.values()]
     whole = np.concatenate([np.concatenate(row, axis=1) for row in thumbnails], axis=0)
     # A palette keeps the page's pictures small.
     return Image.fromarray((whole * 255).round().astype(np.uint8)).quantize(128)
@@ -147,12 +147,13 @@ def page_section(result: dict[str, Any], images: str) -> str:
     return "\n".join(lines)
 
 
-def write_page(page: Path, section: str) -> None:
-    """Put the section between the page's two marks."""
+def write_page(page: Path, section: str, name: str = "measured") -> None:
+    """Put the section between the page's two marks of this name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = page.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    page.write_text(f"{head}{BEGIN}\n{section}\n{END}{tail}", encoding="utf-8")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    page.write_text(f"{head}{begin}\n{section}\n{end}{tail}", encoding="utf-8")
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+BLACKED_OUT = "the model's safety checker has blacked the picture out. Try another --seed or prompt."
+
 
 class BadInput(ValueError):
     """The request cannot be met as written. Raised before any denoising step; the message says what would do."""

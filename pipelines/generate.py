@@ -4,75 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import inspect
-import math
 import sys
-import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from ..accel.swap import enable
-from . import load, presets, save, settings
+from . import load, presets, render, resolve, save, settings
 from .errors import BadInput, JobFailed
+from .job import Job
+from .low_memory import low_memory, tiled, untileable
+from .routes import Stage
+from .stages import StageFolder
 
 if TYPE_CHECKING:
     from ..accel.report import Report
 
-MAX_SIDE = 16384
-# What a picture remembers of its job; everything else belongs to the machine that made it.
-RECORDED: dict[str, tuple[type, ...]] = {
-    "prompt": (str,),
-    "negative": (str, type(None)),
-    "model": (str,),
-    "variant": (str, type(None)),
-    "methods": (dict,),
-    "width": (int,),
-    "height": (int,),
-    "steps": (int,),
-    "guidance": (float, int),
-    "seed": (int,),
-    "dtype": (str,),
-    "vae_tiling": (bool,),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A picture to make. `None` means: as the model's preset says, else as its pipeline says.
-
-    Attributes:
-        methods: Method name → settings, as `settings.parse` gives them.
-        width: Pixels, as `height`.
-        dtype: A key of `load.DTYPES` or "auto".
-        device: A torch device or "auto".
-        cpu_offload: None, "model" or "group", as in `diffusers-cli run`.
-    """
-
-    prompt: str
-    output: Path
-    model: str = "emoji-sd"
-    variant: str | None = None
-    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
-    negative: str | None = None
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    cpu_offload: str | None = None
-    vae_tiling: bool = False
-
 
 @dataclass(frozen=True)
 class Result:
-    """A picture made. `seconds` is the pipeline's call alone, `peak_bytes` the most memory held on `device`."""
+    """A picture made. `seconds` is the denoising and decoding alone, `peak_bytes` the most memory held on `device`.
+
+    `notices` are what was done that the job did not ask for, such as stages taken from an earlier run.
+    """
 
     job: Job
     image: Image.Image
@@ -81,33 +39,25 @@ class Result:
     device: torch.device
     report: Report | None
     record: dict[str, Any]
+    stages: tuple[Stage, ...]
+    notices: tuple[str, ...] = ()
 
 
-def from_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a `Job` from what `save.read_record` read, which anybody may have written.
-
-    Raises:
-        BadInput: a field is missing or of the wrong type.
-    """
-    for name, kinds in RECORDED.items():
-        value = record.get(name)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise BadInput(f"the attnswap metadata does not say how the picture was made: {name} is {value!r}.")
-    if not all(isinstance(values, dict) for values in record["methods"].values()):
-        raise BadInput("the attnswap metadata does not say how the picture was made: methods without settings.")
-    return {name: record[name] for name in RECORDED}
-
-
-def generate(job: Job, *, progress: bool = False) -> Result:
+def generate(job: Job, *, progress: bool = False, say: Callable[[str], None] = lambda text: None) -> Result:
     """Makes the picture and writes it to `job.output`.
+
+    Args:
+        progress: draw a bar.
+        say: is told each notice as it comes up.
 
     Raises:
         BadInput, UnsupportedModel: the job cannot be done as written; no step was run.
-        JobFailed: something broke on the way; nothing was written.
+        JobFailed: something broke on the way; nothing was written but finished stages, from which the job goes on.
     """
     save.check_writable(job.output, ".png")
-    _check_numbers(job)
+    resolve.check_numbers(job)
     settings.build(job.methods)  # a wrong setting is said before the model is read
+    asked = job.to_record() if job.asked is None else job.asked
     model = load.find(job.model, variant=job.variant)
     preset = presets.read(model.folder)
     size = (job.width, job.height)
@@ -119,25 +69,48 @@ def generate(job: Job, *, progress: bool = False) -> Result:
     dtype = load.pick_dtype(job.dtype, device, model)
 
     pipe = load.load(model, dtype=dtype, variant=job.variant)
-    job = _complete(job, pipe, preset, dtype)
-    pipe.set_progress_bar_config(disable=not progress, delay=2)
-    _place(pipe, device, job)
-    handle = enable(pipe, configs) if configs else None
-    try:
-        image, seconds, peak = _render(pipe, job, device)
-        report = handle.report() if handle else None
-    finally:
-        if handle:
-            handle.disable()
-
     methods = {name: config.to_dict() for name, config in zip(merged, configs, strict=True)}
-    job = dataclasses.replace(job, methods=methods)
-    record = {name: getattr(job, name) for name in RECORDED} | {"device": str(device), "versions": versions()}
+    job, stages = resolve.complete(dataclasses.replace(job, methods=methods, asked=asked), pipe, preset, dtype)
+    render.check_route(pipe, job.route)
+    record = job.to_record() | {"asked": asked, "device": str(device), "versions": versions()}
+
+    notices: list[str] = []
+
+    def notice(text: str) -> None:
+        notices.append(text)
+        say(text)
+
+    with ExitStack() as stack:
+        _spare_memory(pipe, job, stack, notice)
+        place(pipe, device, job)
+        pipe.set_progress_bar_config(disable=True)
+        handle = enable(pipe, configs) if configs else None
+        if handle:
+            stack.callback(handle.disable)
+        bar = render.Progress(stages, progress)
+        stack.callback(bar.close)
+        painter = render.Painter(
+            pipe,
+            job,
+            device,
+            progress=bar,
+            prepare=lambda made: place_again(made, device, job),
+            handle=handle,
+            say=notice,
+        )
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        folder = StageFolder(job.output, record)
+        image = _climb(painter, stages, folder, notice)
+        report = handle.report() if handle else None
     try:
         save.write_png(image, job.output, record)
     except OSError as error:
         raise JobFailed(f"{job.output} could not be written: {error.strerror or error}") from error
-    return Result(job, image, seconds, peak, device, report, record)
+    if not job.keep_stages:
+        folder.remove()
+    peak = render.peak_bytes(device)
+    return Result(job, image, painter.seconds, peak, device, report, record, stages, tuple(notices))
 
 
 def versions() -> dict[str, str]:
@@ -149,79 +122,42 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_numbers(job: Job) -> None:
-    for name in ("width", "height"):
-        value = getattr(job, name)
-        if value is not None and not 0 < value <= MAX_SIDE:
-            raise BadInput(f"{name} {value} is out of range: 1 to {MAX_SIDE}.")
-    if job.steps is not None and not 0 < job.steps <= 1000:
-        raise BadInput(f"steps {job.steps} is out of range: 1 to 1000.")
-    if job.guidance is not None and not (math.isfinite(job.guidance) and job.guidance >= 0):
-        raise BadInput(f"guidance {job.guidance} is out of range: 0 or more.")
-    if not 0 <= job.seed < 2**63:
-        raise BadInput(f"seed {job.seed} is out of range: 0 to 2^63 - 1.")
+def _climb(
+    painter: render.Painter, stages: tuple[Stage, ...], folder: StageFolder, notice: Callable[[str], None]
+) -> Image.Image:
+    """All stages, or those after the last that an earlier run has left; each begins with what the file holds."""
+    image: Image.Image | None = None
+    carried: dict[str, Any] = {}
+    done = 0
+    if found := folder.latest(stages):
+        stage, image, carried = found
+        done = stage.number
+        notice(f"{stage}: taken from {folder.file(stage)}.")
+    try:
+        for stage in stages[done:]:
+            image, carried = painter.paint(stage, image, carried)
+            if stage is not stages[-1]:
+                folder.keep(stage, image, carried)
+                done = stage.number
+    except BaseException:
+        if done:
+            notice(f"{done} of {len(stages)} stages are kept in {folder.path}; the same command goes on from there.")
+        raise
+    assert image is not None
+    return image
 
 
-def _complete(job: Job, pipe: Any, preset: presets.Preset, dtype: torch.dtype) -> Job:
-    """`job` with nothing left open, checked against what `pipe` can do."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    name = type(pipe).__name__
-    if "prompt" not in accepted or "num_frames" in accepted:
-        raise BadInput(f"{job.model} is a {name}, which does not make a picture from a prompt.")
-    if job.negative is not None and "negative_prompt" not in accepted:
-        raise BadInput(f"{job.model} is a {name}, which takes no negative prompt.")
-    native = preset.native_side or _native_side(pipe) or 0
-    if not native and None in (job.width, job.height):
-        raise BadInput(f"{job.model} does not say its native size: give --width and --height.")
-    multiple = size_multiple(pipe)
-    width, height = job.width or native, job.height or native
-    check_side("width", width, multiple)
-    check_side("height", height, multiple)
-
-    def default(parameter: str, preset_value: Any) -> Any:
-        return preset_value if preset_value is not None else accepted[parameter].default
-
-    return dataclasses.replace(
-        job,
-        width=width,
-        height=height,
-        steps=job.steps or default("num_inference_steps", preset.steps),
-        guidance=job.guidance if job.guidance is not None else default("guidance_scale", preset.guidance),
-        dtype=str(dtype).removeprefix("torch."),
-    )
-
-
-def size_multiple(pipe: Any) -> int:
-    """Pixels of which the width and height of a picture must be multiples."""
-    scale = int(pipe.vae_scale_factor)
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    patch = getattr(denoiser.config, "patch_size", 1)
-    # U-Net pipelines ask for multiples of 8 whatever their VAE; some DiT pipelines pack 2x2 latents, and only their
-    # image processor knows it.
-    packed = int(pipe.image_processor.config.vae_scale_factor)
-    return math.lcm(8 if getattr(pipe, "unet", None) else 1, packed, scale * (patch if isinstance(patch, int) else 1))
-
-
-def check_side(name: str, value: int, multiple: int) -> None:
-    below = value // multiple * multiple
-    if value != below:
-        nearest = max(multiple, below if value - below <= multiple // 2 else below + multiple)
-        raise BadInput(f"{name} {value} is not a multiple of {multiple}, which this model needs; nearest: {nearest}.")
-
-
-def _native_side(pipe: Any) -> int | None:
-    unet = getattr(pipe, "unet", None)
-    side = getattr(pipe, "default_sample_size", None) or (unet.config.sample_size if unet else None)
-    if isinstance(side, list | tuple):
-        side = max(side)
-    return int(side * pipe.vae_scale_factor) if side else None
-
-
-def _place(pipe: Any, device: torch.device, job: Job) -> None:
+def _spare_memory(pipe: Any, job: Job, stack: ExitStack, notice: Callable[[str], None]) -> None:
     if job.vae_tiling:
-        if not hasattr(pipe.vae, "enable_tiling"):
-            raise BadInput(f"--vae-tiling: {type(pipe.vae).__name__} has no tiling.")
-        pipe.vae.enable_tiling()
+        if reason := untileable(pipe.vae):
+            raise BadInput(f"--vae-tiling: {type(pipe.vae).__name__} cannot: {reason}.")
+        stack.enter_context(tiled(pipe.vae))
+    if job.low_memory:
+        notice(f"low memory: {', '.join(stack.enter_context(low_memory(pipe)))}.")
+
+
+def place(pipe: Any, device: torch.device, job: Job) -> None:
+    """Where the job wants the weights: on the device, or there only while they are needed."""
     if job.cpu_offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif job.cpu_offload == "group":
@@ -230,74 +166,7 @@ def _place(pipe: Any, device: torch.device, job: Job) -> None:
         pipe.to(device)
 
 
-def _render(pipe: Any, job: Job, device: torch.device) -> tuple[Image.Image, float, int | None]:
-    steps_run = 0
-
-    def after_step(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal steps_run
-        steps_run = step + 1
-        if not torch.isfinite(tensors["latents"]).all():
-            raise JobFailed(
-                f"not-a-number in the latents after step {steps_run} of {job.steps} in {job.dtype}.{_try(job)}"
-            )
-        return {}
-
-    wanted = {
-        "prompt": job.prompt,
-        "negative_prompt": job.negative,
-        "width": job.width,
-        "height": job.height,
-        "num_inference_steps": job.steps,
-        "guidance_scale": job.guidance,
-        "generator": torch.Generator("cpu").manual_seed(job.seed),
-        "callback_on_step_end": after_step,
-    }
-    accepted = inspect.signature(pipe.__call__).parameters
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    try:
-        output = pipe(**{name: value for name, value in wanted.items() if name in accepted}, output_type="pt")
-    except (ValueError, TypeError) as error:
-        if steps_run == 0:
-            raise BadInput(f"{type(pipe).__name__} refuses: {error}") from error
-        raise
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise JobFailed(
-                f"out of memory at {job.width}x{job.height} on {device} after {steps_run} steps. "
-                "Try a smaller size, --vae-tiling or --cpu-offload model."
-            ) from error
-        raise
-    seconds = time.perf_counter() - start
-    if any(getattr(output, "nsfw_content_detected", None) or ()):
-        raise JobFailed("the model's safety checker has blacked the picture out. Try another --seed or prompt.")
-    return _to_image(output.images[0], job), seconds, _peak_bytes(device)
-
-
-def _to_image(pixels: torch.Tensor, job: Job) -> Image.Image:
-    pixels = pixels.float().cpu()
-    if not torch.isfinite(pixels).all():
-        raise JobFailed(f"not-a-number in the decoded picture in {job.dtype}.{_try(job)}")
-    # The rounding of Diffusers' own image processor.
-    array = (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    if not array.any():
-        raise JobFailed(f"the picture is black all over.{_try(job)}")
-    return Image.fromarray(array)
-
-
-def _try(job: Job) -> str:
-    return " Try --dtype float32." if job.dtype != "float32" else ""
-
-
-def _peak_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+def place_again(made: Any, device: torch.device, job: Job) -> None:
+    """A pipeline that shares its components with one already placed; only one can move whole models about."""
+    if job.cpu_offload == "model":
+        place(made, device, job)

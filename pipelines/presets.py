@@ -20,6 +20,7 @@ class Preset:
         guidance: Guidance scale.
         methods: Method name → settings that differ from the method's own defaults.
         methods_from: The same for large pictures, by the multiple of `native_side` from which they apply.
+        routes: Route → strengths in place of the published ones in `routes.ROUTES`.
     """
 
     native_side: int | None = None
@@ -27,6 +28,7 @@ class Preset:
     guidance: float | None = None
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods_from: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    routes: dict[str, list[float]] = field(default_factory=dict)
 
     def settings_of(self, method: str, width: int | None = None, height: int | None = None) -> dict[str, Any]:
         """A method's settings for a picture of this size in pixels; None is the native size."""

@@ -113,6 +113,20 @@ class TestGenerate:
         attnswap("generate", "--from", "fox.png", "--seed", 1, "-o", "other.png")
         assert Path("other.png").read_bytes() != Path("fox.png").read_bytes()
 
+    def test_another_size_from_a_picture_takes_the_presets_settings_for_it(
+        self, attnswap: Cli, tiny_sd: Path, copy_of: Callable[[Path], Path]
+    ) -> None:
+        model = copy_of(tiny_sd)
+        large = {"2": {"hidiffusion": {"t1": 1.0}}}
+        preset = {"native_side": 64, "steps": 2, "methods": {"hidiffusion": {"t1": 0.5}}, "methods_from": large}
+        (model / "attnswap.json").write_text(json.dumps(preset))
+        attnswap("generate", "a fox", "-m", model, "--method", "hidiffusion", "--set", "t2=0.1", "-o", "fox.png")
+        _, out, _ = attnswap("generate", "--from", "fox.png", "--width", 128, "--height", 128, "--report", "-")
+        config = json.loads(out)["report"]["config"]
+        assert (config["t1"], config["t2"]) == (1.0, 0.1)
+        _, out, _ = attnswap("generate", "--from", "fox.png", "--seed", 1, "--report", "-")
+        assert json.loads(out)["report"]["config"]["t1"] == 0.5
+
     def test_the_global_random_state_changes_nothing(self, attnswap: Cli, tiny_sd: Path) -> None:
         for name in ("a.png", "b.png"):
             torch.rand(1)
@@ -140,6 +154,52 @@ class TestGenerate:
         assert "4/4" in err
 
 
+class TestRoute:
+    FLAGS = ("--steps", 2, "--width", 128, "--height", 128, "--route", "ladder", "--strengths", "0.5")
+
+    def test_goes_by_stages_and_says_which(self, attnswap: Cli, tiny_sd: Path) -> None:
+        status, out, _ = attnswap("generate", "a fox", "-m", tiny_sd, *self.FLAGS, "-o", "fox.png")
+        assert status == 0
+        assert "ladder, stage 1/2: 64x64, 2 steps" in out
+        assert "ladder, stage 2/2: 128x128, strength 0.5, 1 steps" in out
+        assert os.listdir() == ["fox.png"]
+
+    def test_is_gone_again_from_the_file(self, attnswap: Cli, tiny_sd: Path) -> None:
+        attnswap("generate", "a fox", "-m", tiny_sd, *self.FLAGS, "--low-memory", "-o", "fox.png")
+        status, _, err = attnswap("generate", "--from", "fox.png", "-o", "again.png")
+        assert status == 0
+        assert Path("again.png").read_bytes() == Path("fox.png").read_bytes()
+        assert "attnswap: low memory:" in err
+
+    def test_can_keep_its_stages_and_goes_on_from_them(self, attnswap: Cli, tiny_sd: Path) -> None:
+        command = ("generate", "a fox", "-m", tiny_sd, *self.FLAGS, "--keep-stages", "-o", "fox.png")
+        attnswap(*command)
+        assert os.listdir(".fox.png.stages") == ["1-64x64.png"]
+        status, _, err = attnswap(*command)
+        assert status == 0
+        assert "stage 1/2: 64x64, 2 steps: taken from .fox.png.stages/1-64x64.png" in err.replace(os.sep, "/")
+
+    def test_draws_one_bar_over_all_stages(self, attnswap: Cli, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from diffusers import UNet2DConditionModel
+
+        forward = UNet2DConditionModel.forward
+
+        def slow(*arguments: Any, **named: Any) -> Any:
+            time.sleep(0.8)
+            return forward(*arguments, **named)
+
+        monkeypatch.setattr(UNet2DConditionModel, "forward", slow)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        _, _, err = attnswap("generate", "a fox", "-m", tiny_sd, *self.FLAGS, "-o", "fox.png")
+        assert "stage 2/2: 128x128, strength 0.5" in err
+        assert "3/3" in err
+
+    def test_is_one_of_those_there_are(self) -> None:
+        from attnswap.pipelines.routes import ROUTES
+
+        assert tuple(ROUTES) == cli.ROUTES
+
+
 @pytest.mark.usefixtures("no_steps")
 class TestWrongUseIsSaidBeforeAnyStep:
     def test_no_prompt(self, attnswap: Cli, tiny_sd: Path) -> None:
@@ -149,7 +209,9 @@ class TestWrongUseIsSaidBeforeAnyStep:
         refused(attnswap("generate", "a fox", "--sede", 1), "--sede")
 
     def test_unknown_method_with_near_matches(self, attnswap: Cli, tiny_sd: Path) -> None:
-        refused(attnswap("generate", "a fox", "-m", tiny_sd, "--method", "hidifusion"), "'hidifusion'", "hidiffusion?")
+        refused(
+            attnswap("generate", "a fox", "-m", tiny_sd, "--method", "hidifusion"), "'hidifusion'", "mean hidiffusion"
+        )
 
     def test_unknown_setting_with_near_matches(self, attnswap: Cli, tiny_sd: Path) -> None:
         result = attnswap("generate", "a fox", "-m", tiny_sd, "--method", "hidiffusion", "--set", "window=2,2")
@@ -187,6 +249,21 @@ class TestWrongUseIsSaidBeforeAnyStep:
     )
     def test_number_out_of_range(self, attnswap: Cli, tiny_sd: Path, flag: tuple[str, object]) -> None:
         refused(attnswap("generate", "a fox", "-m", tiny_sd, *flag), flag[0][2:], "out of range")
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (["--route", "stairs"], "'stairs'"),
+            (["--route", "ladder"], "64x64 is not above the native size, 64x64"),
+            (["--width", 128, "--strengths", "0.4"], "there is no --route"),
+            (["--width", 128, "--route", "ladder", "--strengths", "0.4,0.3"], "2 given, 1 needed"),
+            (["--width", 128, "--route", "ladder", "--strengths", "1.5"], "1.5 is out of range"),
+            (["--width", 128, "--route", "ladder", "--strengths", "0.4;0.3"], "'0.4;0.3'"),
+            (["--width", 128, "--route", "ladder", "--steps", 5, "--strengths", "0.1"], "the least is 0.2"),
+        ],
+    )
+    def test_route_that_leads_nowhere(self, attnswap: Cli, tiny_sd: Path, flags: list[object], said: str) -> None:
+        refused(attnswap("generate", "a fox", "-m", tiny_sd, *flags), said)
 
     def test_output_folder_that_does_not_exist(self, attnswap: Cli, tiny_sd: Path) -> None:
         refused(attnswap("generate", "a fox", "-m", tiny_sd, "-o", "no/fox.png"), "folder no does not exist")
@@ -291,7 +368,7 @@ class TestInspect:
         assert attnswap("inspect", folder)[0] == 0
 
     def test_unknown_method(self, attnswap: Cli, tiny_sd: Path) -> None:
-        refused(attnswap("inspect", tiny_sd, "--method", "hidifusion"), "hidiffusion?")
+        refused(attnswap("inspect", tiny_sd, "--method", "hidifusion"), "mean hidiffusion")
 
 
 class TestDoctor:

@@ -298,7 +298,7 @@ class HiDiffusionStrategy(Strategy):
         self._pool_on = found.pool[0] <= step < found.pool[1]
         self._record(size, steps, f"{found.bucket} schedule", conv=found.conv, pool=found.pool)
 
-    def _window_plan(self, block: str, grid: Size) -> WindowPlan | None:
+    def _window_plan(self, block: str, grid: tuple[int, ...]) -> WindowPlan | None:
         rows, columns = self.config.windows
         if rows > grid[0] or columns > grid[1]:
             self.context.recorder.note(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from attnswap.pipelines import load, presets
-from attnswap.pipelines.generate import Job, generate
+from attnswap.pipelines.generate import generate
+from attnswap.pipelines.job import Job
 
 
 @pytest.mark.parametrize("name", load.bundled())

@@ -13,8 +13,10 @@ import pytest
 import torch
 from attnswap.pipelines import load, save
 from attnswap.pipelines.errors import BadInput, JobFailed
-from attnswap.pipelines.generate import RECORDED, Job, from_record, generate, size_multiple
+from attnswap.pipelines.generate import generate
+from attnswap.pipelines.job import RECORDED, Job, from_record
 from attnswap.pipelines.presets import Preset
+from attnswap.pipelines.resolve import size_multiple
 
 
 @pytest.fixture

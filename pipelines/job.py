@@ -1,0 +1,140 @@
+"""What is to be made, and what a picture remembers of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput
+
+# What a picture remembers of its job; everything else belongs to the machine that made it.
+RECORDED: dict[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "negative": (str, type(None)),
+    "model": (str,),
+    "variant": (str, type(None)),
+    "methods": (dict,),
+    "width": (int,),
+    "height": (int,),
+    "steps": (int,),
+    "guidance": (float, int),
+    "seed": (int,),
+    "dtype": (str,),
+    "vae_tiling": (bool,),
+}
+# What pictures of earlier versions do not say, and what they were made with.
+ADDED: dict[str, tuple[tuple[type, ...], Any]] = {
+    "route": ((str,), "direct"),
+    "strengths": ((list, type(None)), None),
+    "low_memory": ((bool,), False),
+}
+# Where one of these changes, what the preset filled in for the old one no longer holds.
+RESOLVES = ("model", "width", "height", "route")
+OPEN = ("width", "height", "steps", "guidance")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to make. `None` means: as the model's preset says, else as its pipeline says.
+
+    Attributes:
+        methods: Method name → settings, as `settings.parse` gives them.
+        width: Pixels, as `height`.
+        dtype: A key of `load.DTYPES` or "auto".
+        device: A torch device or "auto".
+        cpu_offload: None, "model" or "group", as in `diffusers-cli run`.
+        route: How a large picture comes about; a key of `routes.ROUTES`.
+        strengths: One a stage above the base, each in (0, 1].
+        low_memory: More time for less memory; see `low_memory`.
+        keep_stages: Leave the pictures of the stages behind.
+        asked: What a job that came from a record was asked for, before anything was filled in.
+    """
+
+    prompt: str
+    output: Path
+    model: str = "emoji-sd"
+    variant: str | None = None
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    negative: str | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    cpu_offload: str | None = None
+    vae_tiling: bool = False
+    route: str = "direct"
+    strengths: tuple[float, ...] | None = None
+    low_memory: bool = False
+    keep_stages: bool = False
+    asked: dict[str, Any] | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """The recorded fields as JSON knows them, lists for tuples."""
+        return _plain({name: getattr(self, name) for name in (*RECORDED, *ADDED)})
+
+
+def from_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `Job` from what `save.read_record` read, which anybody may have written.
+
+    Raises:
+        BadInput: a field is missing or of the wrong type.
+    """
+    asked = record.get("asked")
+    if asked is not None:
+        if not isinstance(asked, dict):
+            raise BadInput(f"the attnswap metadata does not say how the picture was made: asked is {asked!r}.")
+        asked = _plain(_checked(asked, resolved=False))
+    return _checked(record, resolved=True) | {"asked": asked}
+
+
+def again(record: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `Job` that makes a recorded picture again, with `changes` (the settings of methods are merged).
+
+    Another model, size or route is filled in anew from what was asked for; otherwise nothing moves but the changes.
+
+    Raises:
+        BadInput: as `from_record`.
+    """
+    fields = from_record(record)
+    if fields["asked"] is None:
+        return _changed(fields, changes)
+    asked = _changed(_checked(record["asked"], resolved=False), changes)
+    anew = any(name in changes and changes[name] != fields[name] for name in RESOLVES)
+    return (asked if anew else _changed(fields, changes)) | {"asked": _plain(asked)}
+
+
+def _changed(fields: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {**fields, **changes}
+    if "methods" in changes:
+        stored = fields["methods"]
+        changed["methods"] = {name: {**stored.get(name, {}), **values} for name, values in changes["methods"].items()}
+    return changed
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(fields))
+    return plain
+
+
+def _checked(record: dict[str, Any], *, resolved: bool) -> dict[str, Any]:
+    """The fields by name; what was asked for may leave them open, what was resolved may not."""
+    kinds = {**RECORDED, **{name: allowed for name, (allowed, _) in ADDED.items()}}
+    fields: dict[str, Any] = {name: record.get(name, ADDED[name][1] if name in ADDED else None) for name in kinds}
+    for name, value in fields.items():
+        allowed = kinds[name] if resolved or name not in OPEN else (*kinds[name], type(None))
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise BadInput(f"the attnswap metadata does not say how the picture was made: {name} is {value!r}.")
+    if not all(isinstance(values, dict) for values in fields["methods"].values()):
+        raise BadInput("the attnswap metadata does not say how the picture was made: methods without settings.")
+    strengths = fields["strengths"]
+    if strengths is not None:
+        if not all(isinstance(value, float | int) and not isinstance(value, bool) for value in strengths):
+            raise BadInput(f"the attnswap metadata does not say how the picture was made: strengths is {strengths!r}.")
+        fields["strengths"] = tuple(strengths)
+    return fields

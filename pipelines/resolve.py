@@ -1,0 +1,102 @@
+"""A job with nothing left open, checked against what its pipeline can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from typing import Any
+
+import torch
+
+from . import presets
+from .errors import BadInput
+from .job import Job
+from .routes import Stage, plan
+
+MAX_SIDE = 16384
+
+
+def check_numbers(job: Job) -> None:
+    """What can be said without the model."""
+    for name in ("width", "height"):
+        value = getattr(job, name)
+        if value is not None and not 0 < value <= MAX_SIDE:
+            raise BadInput(f"{name} {value} is out of range: 1 to {MAX_SIDE}.")
+    if job.steps is not None and not 0 < job.steps <= 1000:
+        raise BadInput(f"steps {job.steps} is out of range: 1 to 1000.")
+    if job.guidance is not None and not (math.isfinite(job.guidance) and job.guidance >= 0):
+        raise BadInput(f"guidance {job.guidance} is out of range: 0 or more.")
+    if not 0 <= job.seed < 2**63:
+        raise BadInput(f"seed {job.seed} is out of range: 0 to 2^63 - 1.")
+
+
+def complete(job: Job, pipe: Any, preset: presets.Preset, dtype: torch.dtype) -> tuple[Job, tuple[Stage, ...]]:
+    """`job` with every field given, and the stages it runs.
+
+    Raises:
+        BadInput: `pipe` cannot do it.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    name = type(pipe).__name__
+    if "prompt" not in accepted or "num_frames" in accepted:
+        raise BadInput(f"{job.model} is a {name}, which does not make a picture from a prompt.")
+    if job.negative is not None and "negative_prompt" not in accepted:
+        raise BadInput(f"{job.model} is a {name}, which takes no negative prompt.")
+    native = preset.native_side or native_side(pipe) or 0
+    if not native and None in (job.width, job.height):
+        raise BadInput(f"{job.model} does not say its native size: give --width and --height.")
+    multiple = size_multiple(pipe)
+    width, height = job.width or native, job.height or native
+    check_side("width", width, multiple)
+    check_side("height", height, multiple)
+
+    def default(parameter: str, preset_value: Any) -> Any:
+        return preset_value if preset_value is not None else accepted[parameter].default
+
+    steps = job.steps or default("num_inference_steps", preset.steps)
+    stages = plan(
+        job.route,
+        (width, height),
+        native=native,
+        multiple=multiple,
+        steps=steps,
+        strengths=job.strengths,
+        preset=preset.routes,
+    )
+    complete_job = dataclasses.replace(
+        job,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance=job.guidance if job.guidance is not None else default("guidance_scale", preset.guidance),
+        dtype=str(dtype).removeprefix("torch."),
+        strengths=tuple(stage.strength for stage in stages if stage.strength is not None) or None,
+    )
+    return complete_job, stages
+
+
+def size_multiple(pipe: Any) -> int:
+    """Pixels of which the width and height of a picture must be multiples."""
+    scale = int(pipe.vae_scale_factor)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    patch = getattr(denoiser.config, "patch_size", 1)
+    # U-Net pipelines ask for multiples of 8 whatever their VAE; some DiT pipelines pack 2x2 latents, and only their
+    # image processor knows it.
+    packed = int(pipe.image_processor.config.vae_scale_factor)
+    return math.lcm(8 if getattr(pipe, "unet", None) else 1, packed, scale * (patch if isinstance(patch, int) else 1))
+
+
+def check_side(name: str, value: int, multiple: int) -> None:
+    below = value // multiple * multiple
+    if value != below:
+        nearest = max(multiple, below if value - below <= multiple // 2 else below + multiple)
+        raise BadInput(f"{name} {value} is not a multiple of {multiple}, which this model needs; nearest: {nearest}.")
+
+
+def native_side(pipe: Any) -> int | None:
+    unet = getattr(pipe, "unet", None)
+    side = getattr(pipe, "default_sample_size", None) or (unet.config.sample_size if unet else None)
+    if isinstance(side, list | tuple):
+        side = max(side)
+    return int(side * pipe.vae_scale_factor) if side else None
