@@ -114,6 +114,7 @@ class Installation:
     def _plan(self, layers: Mapping[str, Any]) -> dict[str, Slot]:
         slots: dict[str, Slot] = {}
         reasons: dict[str, str] = {}
+        kept: set[str] = set()
         for strategy in self.strategies:
             for name, reason in strategy.select(layers).items():
                 module = layers[name]
@@ -126,12 +127,21 @@ class Installation:
                 else:
                     slots[name] = Slot(module, module.processor, strategy, self.context, Layout(name))
                     reasons[name] = reason
+                    original = self._seen_through(module.processor)
+                    if not strategy.wraps and not self.family.exchangeable(original):
+                        kept.add(name)
+                        reasons[name] = f"{type(original).__name__} computes its own attention and is kept"
         for strategy in self.strategies:
             strategy.layers = frozenset(name for name, slot in slots.items() if slot.strategy is strategy)
         for name in layers:
             reason = reasons.get(name) or "; ".join(dict.fromkeys(s.why_not(name) for s in self.strategies))
-            self.recorder.layers[name] = LayerRecord(LayerPlan(name, name in slots, reason))
+            self.recorder.layers[name] = LayerRecord(LayerPlan(name, name in slots and name not in kept, reason))
         return slots
+
+    def _seen_through(self, processor: Any) -> Any:
+        """The original a processor of ours stands for, or else the processor itself."""
+        slot = processor.slot if isinstance(processor, self.family.processor) else None
+        return processor if slot is None else slot.original
 
     def _occupy(self, slot: Slot, *, put: bool = True) -> Slot:
         """Give a slot a processor of its own, so that each keeps the original it stands for."""

@@ -80,6 +80,7 @@ class Family:
         model_class: name of the class in `diffusers`.
         self_attention: whether a layer of this dotted name attends over image tokens.
         processor: class of our processor, constructible without arguments (IP-Adapter loading re-creates processors).
+        exchangeable: whether a processor computes the model's own attention, for which another may stand.
         size: (h, w) or (f, h, w) of the latent in a call's arguments.
         grids: from a model and such a size, the grid of image tokens in each self-attention layer, by dotted name.
     """
@@ -88,6 +89,7 @@ class Family:
     model_class: str
     self_attention: Callable[[str], bool]
     processor: type[Any]
+    exchangeable: Callable[[Any], bool]
     size: Callable[[dict[str, Any]], tuple[int, ...]]
     grids: Callable[[Any, tuple[int, ...]], dict[str, tuple[int, ...]]]
 

@@ -137,6 +137,10 @@ def is_self_attention(layer: str) -> bool:
     return layer.endswith(".attn1")
 
 
+def is_exchangeable(processor: object) -> bool:
+    return type(processor) in (*_EQUIVALENT, UNetAttnProcessor)
+
+
 def layer_grids(unet: Any, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Grid of each transformer block's self-attention for a latent of `size`."""
     return sizes_by_layer(unet, unet_sizes(unet, (size[0], size[1])))
@@ -156,6 +160,7 @@ UNET = Family(
     model_class="UNet2DConditionModel",
     self_attention=is_self_attention,
     processor=UNetAttnProcessor,
+    exchangeable=is_exchangeable,
     size=latent_size,
     grids=layer_grids,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -13,18 +12,24 @@ def adapter_delta(module: nn.Module, inputs: Tensor) -> Tensor | None:
 
     Adapters in use and those fused into the weights both count. The layer's own weights do not: a plain LoRA is
     computed by itself, any other kind (DoRA, LoKr …) as the difference it makes to the layer.
+
+    Raises:
+        ValueError: for an adapter of another kind that is fused, and so no longer to be told from the weights.
     """
     layer: Any = module
     if not hasattr(layer, "base_layer") or layer.disable_adapters:
         return None
+    if hasattr(layer, "lora_A") and not getattr(layer, "lora_variant", None):
+        names = layer.merged_adapters if layer.merged else layer.active_adapters
+        parts = [_lora(layer, name, inputs) for name in names if name in layer.lora_A]
+        return sum(parts[1:], parts[0]) if parts else None
     if layer.merged:
-        fused = sum(layer.get_delta_weight(name) for name in layer.merged_adapters)
-        return F.linear(inputs, fused.to(inputs.dtype))
-    if not hasattr(layer, "lora_A") or getattr(layer, "lora_variant", None):
-        difference: Tensor = layer(inputs) - layer.base_layer(inputs)
-        return difference
-    parts = [_lora(layer, name, inputs) for name in layer.active_adapters if name in layer.lora_A]
-    return sum(parts[1:], parts[0]) if parts else None
+        raise ValueError(
+            f"{', '.join(layer.merged_adapters)}: an adapter that is no plain LoRA cannot be fused while its layer is "
+            "replaced; unfuse it (unfuse_lora), it is then computed beside the layer"
+        )
+    difference: Tensor = layer(inputs) - layer.base_layer(inputs)
+    return difference
 
 
 def _lora(layer: Any, name: str, inputs: Tensor) -> Tensor:

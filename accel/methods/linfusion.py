@@ -22,7 +22,6 @@ from .base import Config, Strategy
 from .linfusion_layer import CHILD, LinFusionLayer, from_stock
 
 AUTO = "auto"
-_COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Its linear attention overflows in fp16 with the published code, and what feeds it may here.
 _FP16_UNSTABLE = "Yuanshi/LinFusion-2-1"
 
@@ -30,6 +29,11 @@ _FP16_UNSTABLE = "Yuanshi/LinFusion-2-1"
 @dataclass(frozen=True)
 class LinFusion(Config):
     """Linear attention in every self-attention layer of an SD 1.5, SD 2.1 or SDXL U-Net.
+
+    The weights replace the projections of these layers. Adapters in use or fused (LoRA) add to them what they add to
+    the U-Net's own; an adapter that was fused and unloaded is part of those, and so, like any fine-tuning of these
+    projections, replaced with them. The report's density counts a linear layer as attention of every token to as
+    many keys as a head is wide, which costs the same.
 
     Attributes:
         weights: a bundled name, a file or folder in the published layout, or a Hub id; "auto" takes what fits the
@@ -84,7 +88,11 @@ class LinFusionStrategy(Strategy):
     # What is accelerated, and with which weights.
 
     def select(self, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-        self.attention = {name: attn for name, attn in layers.items() if self.family.self_attention(name)}
+        self.attention = {
+            name: attn
+            for name, attn in layers.items()
+            if self.family.self_attention(name) and not getattr(attn, "is_cross_attention", False)
+        }
         if not self.attention:
             raise UnsupportedModel(f"{type(self.model).__name__} has no self-attention layer (attn1) for linfusion")
         self.shapes = weights_files.layers_of(self.attention)
@@ -99,7 +107,8 @@ class LinFusionStrategy(Strategy):
 
     def prepare(self) -> None:
         if self.config.weights is None:
-            self._tensors = [from_stock(attn) for attn in self.attention.values()]
+            with torch.random.fork_rng(devices=[]):  # what starts at random here is multiplied by zero
+                self._tensors = [from_stock(attn) for attn in self.attention.values()]
             return
         if self.source is None:
             raise WeightsError(
@@ -159,18 +168,17 @@ class LinFusionStrategy(Strategy):
         return layer.output(attn, attended)
 
     def _place_of(self, attn: Any) -> tuple[torch.device, torch.dtype]:
-        """Device and dtype for a layer's weights: those of its own, or where its offloading hook computes."""
+        """Device of a layer's own weights, or where its offloading hook computes; the dtype the model computes in."""
         base = getattr(attn.to_q, "base_layer", attn.to_q)
-        device, dtype = base.weight.device, base.weight.dtype
+        device = base.weight.device
         if device.type == "meta":
-            device = torch.device(base._hf_hook.execution_device)
-        # Quantised weights, or those cast for storage only: the model says in what it computes.
+            device = torch.device(getattr(getattr(base, "_hf_hook", None), "execution_device", "cpu"))
         model: Any = self.model
-        return device, dtype if dtype in _COMPUTED_IN else model.dtype
+        return device, model.dtype
 
     def _weights_in_words(self) -> str:
         if self.config.weights is None:
-            return "the U-Net's own projections"
+            return "the U-Net's own projections, not distilled: the pictures will be poor"
         if self.source is None:
             return "none known for these layers"
         return self.source if self.config.weights != AUTO else f"{self.source} (auto)"

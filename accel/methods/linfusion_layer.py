@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
+from ..errors import WeightsError
 from .adapters import adapter_delta
 
 #: The name under which an attention layer holds its `LinFusionLayer`.
@@ -67,7 +70,7 @@ class LinFusionLayer(nn.Module):
             if hasattr(self, name):
                 yield published, getattr(self, name)
 
-    def project(self, attn: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `[B, S, C]` of hidden states `[B, S, C]`; `attn` brings adapters (LoRA), if any."""
         for_query, for_key = self._refined(hidden_states, "query"), self._refined(hidden_states, "key")
         return (
@@ -76,9 +79,9 @@ class LinFusionLayer(nn.Module):
             self._linear(attn.to_v, hidden_states, "value"),
         )
 
-    def output(self, attn: nn.Module, attended: Tensor) -> Tensor:
+    def output(self, attn: Any, attended: Tensor) -> Tensor:
         """The output projection of `[B, S, C]`."""
-        return self._linear(attn.to_out[0], attended, "out", "out_bias")  # type: ignore[index]
+        return self._linear(attn.to_out[0], attended, "out", "out_bias")
 
     def _linear(self, stock: nn.Module, inputs: Tensor, weight: str, bias: str | None = None) -> Tensor:
         projected = F.linear(inputs, self._like(inputs, weight), None if bias is None else self._like(inputs, bias))
@@ -91,7 +94,8 @@ class LinFusionLayer(nn.Module):
             return hidden_states + hidden_states  # the published code adds the identity
         weight, bias, scale, shift, out, out_bias = (self._like(hidden_states, f"{branch}_{x}") for x in _MLP.values())
         hidden = F.layer_norm(F.linear(hidden_states, weight, bias), scale.shape, scale, shift)
-        return hidden_states + F.linear(F.leaky_relu(hidden), out, out_bias)
+        # In place: two more tensors cost 6 to 9 % of the time of a layer of 320 channels on a CPU.
+        return F.linear(F.leaky_relu(hidden, inplace=True), out, out_bias).add_(hidden_states)
 
     def _like(self, inputs: Tensor, name: str) -> Tensor:
         """A tensor where the inputs are: offloading that was set up before the layer came does not move it."""
@@ -99,20 +103,26 @@ class LinFusionLayer(nn.Module):
         return tensor.to(inputs.device, inputs.dtype)
 
 
-def from_stock(attn: nn.Module, mid: int | None = None) -> dict[str, Tensor]:
+def from_stock(attn: Any, mid: int | None = None) -> dict[str, Tensor]:
     """Where distillation starts: a layer's own projections, and MLPs whose last layer is zero, so that x + f(x) = x.
 
     Args:
         attn: a self-attention layer of Diffusers.
         mid: width of the MLPs, the layer's own by default.
+
+    Raises:
+        WeightsError: for quantised projections.
     """
-    projections = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out.0": attn.to_out[0]}  # type: ignore[index]
+    projections = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out.0": attn.to_out[0]}
     tensors: dict[str, Tensor] = {}
     for name, module in projections.items():
         base = getattr(module, "base_layer", module)
-        tensors[f"{name}.weight"] = base.weight.detach().clone()
-        if name == "to_out.0":
-            tensors[f"{name}.bias"] = base.bias.detach().clone()
+        if not base.weight.is_floating_point():
+            raise WeightsError(f"a layer's own {name} cannot be taken over: its weights are {base.weight.dtype}")
+        with align_module_device(base):  # offloaded layer by layer, they are elsewhere
+            tensors[f"{name}.weight"] = base.weight.detach().clone()
+            if name == "to_out.0":
+                tensors[f"{name}.bias"] = base.bias.detach().clone()
     weight = tensors["to_q.weight"]
     width = weight.shape[1]
     mid = width if mid is None else mid

@@ -39,6 +39,11 @@ class LayerShape:
     heads: int
     projection_mid_dim: int | None = None
 
+    def __post_init__(self) -> None:
+        numbers = (self.dim_n, self.heads, self.projection_mid_dim if self.projection_mid_dim is not None else -1)
+        if not isinstance(self.module_name, str) or not all(isinstance(number, int) for number in numbers):
+            raise TypeError(f"a layer is a name and whole numbers, found {self}")
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor by its published name, in the published order."""
         width, mid = self.dim_n, self.projection_mid_dim if self.projection_mid_dim is not None else self.dim_n
@@ -100,7 +105,7 @@ def load(weights: str, layers: Sequence[LayerShape], model: str) -> list[dict[st
     file, config = _locate(weights)
     found = _read_config(config) if config else None
     if found is not None and not _same_places(found, layers):
-        raise WeightsError(f"{config} is for a U-Net with {signature(found)}; {model} has {signature(layers)}")
+        raise WeightsError(f"{config} is for another U-Net: {_difference(found, layers, model)}")
     try:
         with safe_open(file, "pt") as tensors:
             # A view of shapes first: what does not fit is said before a gigabyte is read.
@@ -171,7 +176,7 @@ def _read_config(path: Path) -> list[LayerShape]:
     try:
         return [LayerShape(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["modules_list"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path} is no LinFusion config: expected modules_list, {_first_line(error)}") from error
+        raise WeightsError(f"{path} is no LinFusion config with a modules_list: {_first_line(error)}") from error
 
 
 def _is_linfusion(config: Path) -> bool:
@@ -184,6 +189,13 @@ def _is_linfusion(config: Path) -> bool:
 
 def _same_places(found: Sequence[LayerShape], layers: Sequence[LayerShape]) -> bool:
     return [(x.module_name, x.dim_n, x.heads) for x in found] == [(x.module_name, x.dim_n, x.heads) for x in layers]
+
+
+def _difference(found: Sequence[LayerShape], layers: Sequence[LayerShape], model: str) -> str:
+    if signature(found) != signature(layers):
+        return f"expected {signature(layers)} as {model} has, found {signature(found)}"
+    here, there = next((a, b) for a, b in zip(layers, found, strict=True) if not _same_places([a], [b]))
+    return f"expected {here.module_name} ({here.dim_n}) as {model} has, found {there.module_name} ({there.dim_n})"
 
 
 def _described_by(shapes: Mapping[str, tuple[int, ...]], layers: Sequence[LayerShape]) -> list[LayerShape]:
