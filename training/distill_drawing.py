@@ -1,0 +1,90 @@
+"""Pictures drawn by a pipeline from captions: training data where there is none, and the pairs of a report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..pipelines import save
+from ..pipelines.errors import BadInput
+from .distill_data import METADATA
+
+DEFAULT_STEPS = 25
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn; None is the pipeline's own."""
+
+    side: int
+    steps: int = DEFAULT_STEPS
+    guidance: float | None = None
+
+
+def draw(pipe: Any, captions: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image]:
+    """One picture a caption; each depends on its seed and not on the others in the batch."""
+    guidance = {} if sampling.guidance is None else {"guidance_scale": sampling.guidance}
+    pictures: list[Image.Image] = pipe(
+        list(captions),
+        height=sampling.side,
+        width=sampling.side,
+        num_inference_steps=sampling.steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **guidance,
+    ).images
+    return pictures
+
+
+def draw_folder(
+    pipe: Any,
+    captions: Sequence[str],
+    folder: Path,
+    sampling: Sampling,
+    *,
+    seed: int,
+    batch: int,
+    process: int = 0,
+    processes: int = 1,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Draw captions into a folder of pictures with a metadata.jsonl; what an earlier run has drawn is kept.
+
+    Args:
+        seed: that of the first caption, the next ones follow.
+        batch: pictures drawn together.
+        process, processes: which share of the captions to draw, so that several processes can divide them.
+        progress: told how many more are there.
+
+    Raises:
+        BadInput: the folder holds pictures of other captions or another size.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"{number:06d}.png" for number in range(len(captions))]
+    lines = [{"file_name": name, "text": text} for name, text in zip(names, captions, strict=True)]
+    document = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    recipe = {"side": sampling.side, "steps": sampling.steps, "guidance": sampling.guidance, "seed": seed}
+    for name, text in ((METADATA, document), ("recipe.json", json.dumps(recipe) + "\n")):
+        _agree(folder / name, text, process)
+    missing = [number for number in range(process, len(names), processes) if not (folder / names[number]).exists()]
+    progress(len(range(process, len(names), processes)) - len(missing))
+    for first in range(0, len(missing), batch):
+        part = missing[first : first + batch]
+        pictures = draw(pipe, [captions[number] for number in part], [seed + number for number in part], sampling)
+        for number, picture in zip(part, pictures, strict=True):
+            with save.atomic(folder / names[number]) as file:
+                picture.save(file, format="PNG")
+        progress(len(part))
+
+
+def _agree(path: Path, text: str, process: int) -> None:
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise BadInput(f"{path.parent} holds pictures of other captions or another size: give another output folder.")
+    if process == 0 and not path.exists():
+        with save.atomic(path) as file:
+            file.write(text.encode())

@@ -1,0 +1,100 @@
+"""What a distillation is asked for: its settings, their defaults, and which of them make no sense."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..pipelines.errors import BadInput
+
+CAPTIONS = "captions"
+TERMS = ("target", "teacher", "layers")
+# What a resumed run may change; the rest decides what it would have come to.
+FREE = ("steps", "minutes", "output", "resume", "save_every", "workers", "cpu", "report_pictures")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A distillation.
+
+    Attributes:
+        model: bundled name, folder or Hub id of the teacher.
+        data: a folder of pictures with captions, a text file of captions, or "captions" for those a bundled model
+            comes with; from captions the teacher draws the pictures itself.
+        output: folder for the weights, the report and the checkpoint.
+        size: side of the pictures in pixels; None is the model's own.
+        steps, minutes: length of the run, earlier parts of a resumed one included; whichever ends first.
+        batch: pictures a process takes at once.
+        accumulate: such batches a step.
+        rate: learning rate, constant.
+        loss_weights: of the three terms of the loss, see `LinFusionStudent.losses`.
+        mid: width of the MLPs ("C", "C/16", a number); None is as published for this kind of model.
+        caption_dropout: share of captions left out.
+        ema: decay of an average of the weights, which is then what is saved; None for none.
+        mixed_precision: "no", "fp16" or "bf16"; the weights that are trained stay float32.
+        per_caption: pictures drawn a caption, where the teacher draws.
+        resume: go on with the run in `output`.
+        report_pictures: pictures drawn for the report.
+    """
+
+    model: str
+    data: str
+    output: Path
+    size: int | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    batch: int = 4
+    accumulate: int = 1
+    rate: float = 1e-4
+    loss_weights: tuple[float, float, float] = (1.0, 0.5, 0.5)
+    mid: str | None = None
+    caption_dropout: float = 0.0
+    ema: float | None = None
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    per_caption: int = 1
+    variant: str | None = None
+    resume: bool = False
+    save_every: int = 500
+    workers: int = 0
+    cpu: bool = False
+    report_pictures: int = 6
+
+    def check(self) -> None:
+        """Refuse what cannot be run.
+
+        Raises:
+            BadInput: with the option and its value.
+        """
+        positive = ("size", "steps", "minutes", "batch", "accumulate", "rate", "per_caption", "save_every")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise BadInput(f"{flag(name)} {value}: must be above 0.")
+        for name in ("workers", "report_pictures", "seed"):
+            if getattr(self, name) < 0:
+                raise BadInput(f"{flag(name)} {getattr(self, name)}: must not be below 0.")
+        if not 0 <= self.caption_dropout < 1:
+            raise BadInput(f"--caption-dropout {self.caption_dropout}: must be from 0 up to, not including, 1.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise BadInput(f"--ema {self.ema}: must be between 0 and 1.")
+        if len(self.loss_weights) != len(TERMS):
+            raise BadInput(f"--loss-weights {','.join(map(str, self.loss_weights))}: three numbers are expected.")
+        if not all(0 <= weight < math.inf for weight in self.loss_weights) or not any(self.loss_weights):
+            raise BadInput(f"--loss-weights {','.join(map(str, self.loss_weights))}: none below 0, and not all 0.")
+        if self.steps is None and self.minutes is None:
+            raise BadInput("how long? Give --steps, --minutes or both.")
+
+    def fixed(self) -> dict[str, Any]:
+        """What a resumed run must have as it was, as JSON knows it."""
+        document = dataclasses.asdict(self) | {"loss_weights": list(self.loss_weights)}
+        return {name: value for name, value in document.items() if name not in FREE}
+
+
+def flag(name: str) -> str:
+    """The option of a setting."""
+    return "--" + name.replace("_", "-")
