@@ -16,18 +16,15 @@ SMALLEST, FEWEST_POINTS = 16384, 3
 
 
 def growths(records: Iterable[Record]) -> tuple[Growth, ...]:
-    """The exponent of each contender's time, by least squares on logarithms, from `SMALLEST` up.
-
-    Of each case the fastest call counts: other work on the machine only ever adds time, and not to all cases alike.
-    """
+    """The exponent of each contender's median time, by least squares on logarithms, from `SMALLEST` up."""
     points: dict[tuple[str, str, str, str], list[tuple[int, float]]] = {}
     for record in records:
         if record.series is None or record.size is None or record.size < SMALLEST:
             continue
         for measurement in record.measurements:
-            if measurement.min_ms:
+            if measurement.median_ms:
                 key = (record.benchmark, record.series, record.dtype, measurement.contender)
-                points.setdefault(key, []).append((record.size, measurement.min_ms))
+                points.setdefault(key, []).append((record.size, measurement.median_ms))
     return tuple(
         Growth(*key, _slope(found), min(found)[0], max(found)[0])
         for key, found in points.items()

@@ -48,8 +48,8 @@ METHOD = f"""\
   data sheet is involved. Exponentials are left out, so that 100% is out of reach. Linear attention on a GPU is bound by
   the bandwidth, so that there the share of the ideal is the share of the bandwidth.
 - **Memory.** Peak MiB is the most that PyTorch's allocator holds during a call beyond the inputs, output included.
-- **Growth.** Where cases differ in the number of tokens alone, the exponent of a power law is fitted to the fastest
-  call of each from 16384 tokens up, by least squares on logarithms.
+- **Growth.** Where cases differ in the number of tokens alone, the exponent of a power law is fitted to the
+  medians from 16384 tokens up, by least squares on logarithms.
 - **Extrapolated.** Dense attention is not called where a call is expected to take more than 10 s on a CPU or 1 s on a
   GPU. Its row then has the time of the largest case measured, times the square of the ratio of the tokens, and says so.
   No ratio is taken against it.
