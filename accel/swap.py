@@ -140,8 +140,9 @@ def inspect(target: Any, method: Method) -> Inspection:
 def attn_processors(model: nn.Module, method: Method) -> dict[str, Any]:
     """Processors for `model.set_attn_processor`, Diffusers' own road to the same attention.
 
-    The model gets one hook, idle until the processors are set. What a method does outside attention, such as
-    HiDiffusion's resolution-aware U-Net, cannot come by this road; that is said once.
+    The model gets one hook, idle until the processors are set, and the method's weights where it has any; both stay
+    until `disable`. What a method does outside attention, such as HiDiffusion's resolution-aware U-Net, cannot come by
+    this road; that is said once.
 
     Args:
         model: a denoiser.
@@ -156,7 +157,11 @@ def attn_processors(model: nn.Module, method: Method) -> dict[str, Any]:
     installation.prepare()
     if (before := installed_in(model)) is not None:
         before.remove()
-    installation.install(passive=True)
+    try:
+        installation.install(passive=True)
+    except BaseException:
+        installation.remove()
+        raise
     for strategy in installation.strategies:
         if beyond := strategy.beyond_attention():
             warnings.warn(

@@ -2,6 +2,8 @@
 
     python benchmarks/gpu.py            from a checkout, nothing installed: torch 2.11, triton 3.6 and pytest are enough
 
+The bundled model is timed too where diffusers is installed.
+
 Exit status 0: all right; 1: a test failed, or a kernel of ours broke or gave wrong numbers; 2: no CUDA here, or wrong
 use. The JSON is written in the first two cases.
 """
@@ -9,7 +11,9 @@ use. The JSON is written in the first two cases.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
+import importlib.util
 import os
 import re
 import subprocess
@@ -27,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_BUDGET_S = 420
 # The tests may not eat the time of the measurements.
 TESTS_SHARE = 0.4
+MODEL = "emoji-sd"
 TESTS = ("-m", "gpu", "tests/kernels")
 
 
@@ -61,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Run as a script, Python put this very folder on the path; its module names are too common to stay there.
             sys.path[0] = folder
         result = time_ops(options.budget - (time.monotonic() - started)).with_tests(tests)
+        result = time_model(result, options.budget - (time.monotonic() - started))
         result.write(target)
         print(result.table())
     return _verdict(result, target, time.monotonic() - started)
@@ -104,6 +110,17 @@ def time_ops(budget_s: float) -> Result:
     from attnswap.benchmarks import runner
 
     return runner.run(None, device="cuda", budget_s=budget_s, progress=runner.print_progress)
+
+
+def time_model(result: Result, budget_s: float) -> Result:
+    """`result`, and the bundled model with every method, as `attnswap bench --model` times it."""
+    from attnswap.benchmarks.result import Cut
+
+    if importlib.util.find_spec("diffusers") is None:
+        return dataclasses.replace(result, cut=(*result.cut, Cut(MODEL, "all", "all", "diffusers is not installed")))
+    from attnswap.benchmarks import models, runner
+
+    return result.plus(models.run(MODEL, device="cuda", budget_s=budget_s, progress=runner.print_progress))
 
 
 def _default_path(device: str) -> Path:

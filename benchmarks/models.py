@@ -37,12 +37,13 @@ def run(
     dtype: str | None = None,
     quick: bool = False,
     progress: Progress | None = None,
+    budget_s: float | None = None,
 ) -> Result:
     """Measures `model` (a bundled name, a folder or a Hub id) with `methods`, or every method that applies.
 
     Each method runs with the settings that the model ships for the size. What is timed is the first step of a run, on
     random latents and text, and then a whole picture with its text encoder and autoencoder; swapping a method in and
-    out is not.
+    out is not. Cases that do not fit into `budget_s` seconds are left out and named.
 
     Raises:
         ValueError: for an unknown model, method, device or dtype, and for a denoiser that cannot be measured yet.
@@ -71,7 +72,8 @@ def run(
         text_tokens=pipe.tokenizer.model_max_length,
     )
     picture = picture_benchmark(model, pipe, methods=configured, preset=preset)
-    return run_benchmarks([call, picture], device=where, dtype=kind, quick=quick, progress=progress)
+    benchmarks = [call, picture]
+    return run_benchmarks(benchmarks, device=where, dtype=kind, quick=quick, progress=progress, budget_s=budget_s)
 
 
 def unet_benchmark(

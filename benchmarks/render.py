@@ -53,8 +53,9 @@ METHOD = f"""\
 - **Extrapolated.** Dense attention is not called where a call is expected to take more than 10 s on a CPU or 1 s on a
   GPU. Its row then has the time of the largest case measured, times the square of the ratio of the tokens, and says so.
   No ratio is taken against it.
-- **Whole models.** A table that names a model times one call of its denoiser at the first step of a run, stock against
-  each method with the settings that the model ships. Swapping in and out is not timed; only time is compared.
+- **Whole models.** A table that names a model times one call of its denoiser at the first step of a run or, where it
+  says so, a whole picture from prompt to pixels, at 8 times the side in 3 steps; stock against each method with the
+  settings that the model ships. Swapping in and out is not timed; only time is compared.
 - **Nothing dropped.** A contender that could not run stands below its table with the reason.
 
 {LEGEND}"""
@@ -68,10 +69,11 @@ of its tables."""
 REPRODUCE = """\
 ## How to reproduce
 
-    attnswap bench --op window_attention --json FILE      one operation, on the GPU where there is one, else the CPU
+    attnswap bench --op linear_attention --json FILE      one operation, on the GPU where there is one, else the CPU
+    attnswap bench --model emoji-sd --method linfusion --json FILE      a model, with chosen methods or all
     python -m attnswap.benchmarks.runner --json FILE      all operations
     python benchmarks/gpu.py                              on a CUDA machine, from a checkout, without installing: the
-                                                          kernel tests, then all timings, in under 8 minutes
+                                                          kernel tests, then all timings
     python -m attnswap.benchmarks.render                  renders this page from benchmarks/results/
 
 `benchmarks/gpu.py` needs torch 2.11, triton 3.6 and pytest, or newer, and writes

@@ -140,6 +140,16 @@ class Result:
     def with_tests(self, tests: Mapping[str, Any]) -> Result:
         return replace(self, tests=tests)
 
+    def plus(self, other: Result) -> Result:
+        """With what was measured on the same machine later on."""
+        return replace(
+            self,
+            records=self.records + other.records,
+            cut=self.cut + other.cut,
+            growths=self.growths + other.growths,
+            ceilings={**other.ceilings, **self.ceilings},
+        )
+
     def broken(self) -> Iterator[tuple[Record, Measurement]]:
         """Our own contenders that gave wrong numbers or broke."""
         for record in self.records:

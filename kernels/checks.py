@@ -87,12 +87,14 @@ def key_mask_tensor(key_mask: Tensor | None, batch: int, tokens: int, device: to
     """A boolean mask `[B, S]` over the keys, or None."""
     if key_mask is None:
         return None
+    if not isinstance(key_mask, Tensor):
+        raise ValueError(f"key_mask must be a bool tensor [batch, tokens], not {type(key_mask).__name__}")
     if key_mask.dtype != torch.bool or key_mask.shape != (batch, tokens):
         raise ValueError(
             f"key_mask must be bool [batch, tokens] = [{batch}, {tokens}], got {key_mask.dtype} {shape_of(key_mask)}"
         )
     if key_mask.device != device:
-        raise ValueError(f"key_mask is on {key_mask.device} but query is on {device}")
+        raise ValueError(f"key_mask is on {key_mask.device}, the tensors it is for on {device}")
     return key_mask
 
 
@@ -143,7 +145,7 @@ def key_value_tensors(key: Tensor, value: Tensor) -> None:
 def positive_eps(eps: float) -> float:
     """An epsilon that stays positive in fp32, so that no denominator is 0."""
     smallest = torch.finfo(torch.float32).tiny
-    if not smallest <= eps < float("inf"):
+    if not isinstance(eps, (int, float)) or not smallest <= eps < float("inf"):
         raise ValueError(f"eps must be finite and at least {smallest:.3g}, the smallest normal fp32, got {eps}")
     return float(eps)
 

@@ -217,7 +217,7 @@ class HiDiffusionStrategy(Strategy):
         if self._raunet:
             self._set_phases(size)
         else:
-            self._record(size, self.context.clock.steps, "windows only")
+            self._record(size, self.context.clock.steps, "windows only" if self.layers else "nothing: windows gave way")
         sizes = unet_sizes(
             self.model,
             size,

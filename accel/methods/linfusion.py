@@ -22,7 +22,7 @@ from .base import Config, Strategy
 from .linfusion_layer import CHILD, LinFusionLayer, from_stock
 
 AUTO = "auto"
-# Its linear attention overflows in fp16 with the published code, and what feeds it may here.
+# Reported with the published code, whose linear attention overflows in fp16; whether more does is not known.
 _FP16_UNSTABLE = "Yuanshi/LinFusion-2-1"
 
 
@@ -55,8 +55,8 @@ class LinFusion(Config):
         if self.weights is not None and (not isinstance(self.weights, str) or not self.weights):
             raise ValueError(f'weights must be "auto", a name, a path, a Hub id or None, got {self.weights!r}')
         is_number = isinstance(self.eps, numbers.Real) and not isinstance(self.eps, bool)
-        if not is_number or not 0 < self.eps < math.inf:
-            raise ValueError(f"eps must be a positive number, got {self.eps!r}")
+        if not is_number or not torch.finfo(torch.float32).tiny <= self.eps < math.inf:
+            raise ValueError(f"eps must be a positive number that float32 can hold, got {self.eps!r}")
 
 
 @dataclass
@@ -116,20 +116,27 @@ class LinFusionStrategy(Strategy):
                 "distil some (attnswap distill linfusion) and give their folder as weights"
             )
         self._tensors = weights_files.load(self.source, self.shapes, type(self.model).__name__)
+        if weights_files.lacks_config(self.source):
+            self.context.recorder.note(
+                f"{self.source} has no config beside it: its shapes fit, the number of heads could not be checked",
+                warn=True,
+            )
 
     def install(self, *, passive: bool) -> None:
         for attn, tensors in zip(self.attention.values(), self._tensors, strict=True):
             where, dtype = self._place_of(attn)
             attn.add_module(CHILD, LinFusionLayer({name: x.to(where, dtype) for name, x in tensors.items()}))
         self._tensors = []
+        _renew_group_offloading(self.model)
         if self.source == _FP16_UNSTABLE and dtype == torch.float16:
-            self.context.recorder.note(f"{_FP16_UNSTABLE} is known to be unstable in float16: use bfloat16", warn=True)
+            self.context.recorder.note(f"{_FP16_UNSTABLE} is reported unstable in float16: use bfloat16", warn=True)
         if self.config.weights is None:
             self.context.recorder.note("no distilled weights: the pictures will be poor", warn=True)
 
     def remove(self) -> None:
         for attn in self.attention.values():
             attn._modules.pop(CHILD, None)
+        _renew_group_offloading(self.model)
         self.reset()
 
     def reset(self) -> None:
@@ -140,7 +147,10 @@ class LinFusionStrategy(Strategy):
     def begin(self, call: Call, layouts: Mapping[str, Layout]) -> None:
         for name in self.layers:
             layout = layouts[name]
-            if not layout.grid or not self.active:
+            if not self.active:
+                continue
+            if not layout.grid:
+                self.context.recorder.note(f"{name} ran dense: its place in the U-Net tells no grid", warn=True)
                 continue
             plan = self._plans.get(name)
             if plan is None or plan.grid != layout.grid:
@@ -182,3 +192,10 @@ class LinFusionStrategy(Strategy):
         if self.source is None:
             return "none known for these layers"
         return self.source if self.config.weights != AUTO else f"{self.source} (auto)"
+
+
+def _renew_group_offloading(model: nn.Module) -> None:
+    """Have Diffusers' group offloading list the model's tensors anew: it moves those it knows and trips over others."""
+    from diffusers.hooks import group_offloading
+
+    group_offloading._maybe_remove_and_reapply_group_offloading(model)

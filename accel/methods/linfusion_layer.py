@@ -86,7 +86,8 @@ class LinFusionLayer(nn.Module):
     def _linear(self, stock: nn.Module, inputs: Tensor, weight: str, bias: str | None = None) -> Tensor:
         projected = F.linear(inputs, self._like(inputs, weight), None if bias is None else self._like(inputs, bias))
         delta = adapter_delta(stock, inputs)
-        return projected if delta is None else projected + delta
+        # Under autocast the inputs may be of another dtype than what is made of them.
+        return projected if delta is None else projected + delta.to(projected.dtype)
 
     def _refined(self, hidden_states: Tensor, branch: str) -> Tensor:
         """x + f(x), f a two-layer MLP over the full width."""
@@ -111,12 +112,17 @@ def from_stock(attn: Any, mid: int | None = None) -> dict[str, Tensor]:
         mid: width of the MLPs, the layer's own by default.
 
     Raises:
-        WeightsError: for quantised projections.
+        WeightsError: for projections that are quantised, or have an adapter fused into them.
     """
     projections = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out.0": attn.to_out[0]}
     tensors: dict[str, Tensor] = {}
     for name, module in projections.items():
         base = getattr(module, "base_layer", module)
+        if getattr(module, "merged", False):
+            raise WeightsError(
+                f"a layer's own {name} cannot be taken over while {', '.join(module.merged_adapters)} is fused into it: "
+                "unfuse it first (unfuse_lora)"
+            )
         if not base.weight.is_floating_point():
             raise WeightsError(f"a layer's own {name} cannot be taken over: its weights are {base.weight.dtype}")
         with align_module_device(base):  # offloaded layer by layer, they are elsewhere

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,11 @@ def load(weights: str, layers: Sequence[LayerShape], model: str) -> list[dict[st
     try:
         with safe_open(file, "pt") as tensors:
             # A view of shapes first: what does not fit is said before a gigabyte is read.
-            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+            for key, part in slices.items():
+                if not part.get_dtype().startswith(("F", "BF")):
+                    raise WeightsError(f"{file}: expected floating point in {key}, found {part.get_dtype()}")
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
             described = found or _described_by(shapes, layers)
             names = _check(file, shapes, described, model)
             return [{name: tensors.get_tensor(key) for name, key in layer.items()} for layer in names]
@@ -117,13 +122,36 @@ def load(weights: str, layers: Sequence[LayerShape], model: str) -> list[dict[st
         raise WeightsError(f"{file} is not a whole safetensors file: {_first_line(error)}") from error
 
 
+def lacks_config(weights: str) -> bool:
+    """Whether nothing says for which base a checkpoint is: the shapes of those for SD 1.5 and SD 2.1 are alike."""
+    path = _path(weights)
+    return path.is_file() and not _is_linfusion(path.parent / CONFIG)
+
+
 def save(folder: Path, layers: Sequence[LayerShape], tensors: Sequence[Mapping[str, Tensor]]) -> None:
-    """Write a checkpoint in the published layout."""
+    """Write a checkpoint in the published layout, each file whole or not at all.
+
+    Raises:
+        OSError, SafetensorError: it could not be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     document = {**_FORMAT, "modules_list": [vars(layer) for layer in layers]}
-    (folder / CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    with _whole(folder / CONFIG) as part:
+        part.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
     flat = {f"{i}.{name}": tensor.contiguous() for i, layer in enumerate(tensors) for name, tensor in layer.items()}
-    save_file(flat, folder / WEIGHTS, {"format": "pt"})
+    with _whole(folder / WEIGHTS) as part:
+        save_file(flat, part, {"format": "pt"})
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` when the block ends well."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _bundled() -> dict[str, Path]:
@@ -134,15 +162,19 @@ def _locate(weights: str) -> tuple[Path, Path | None]:
     """The safetensors file, and its config where there is one."""
     if (bundled := _bundled().get(weights)) is not None:
         return bundled / WEIGHTS, bundled / CONFIG
-    path = Path(weights).expanduser()
+    path = _path(weights)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise WeightsError(f"{path} is not a .safetensors file; nothing else is read, as pickles can run code")
         beside = path.parent / CONFIG
-        return path, beside if beside.is_file() and _is_linfusion(beside) else None
+        return path, beside if _is_linfusion(beside) else None
     if not path.is_dir():
         path = _from_hub(weights)
     return _in_folder(path)
+
+
+def _path(weights: str) -> Path:
+    return Path(os.path.expanduser(weights))
 
 
 def _in_folder(folder: Path) -> tuple[Path, Path]:
@@ -183,7 +215,7 @@ def _is_linfusion(config: Path) -> bool:
     """A single file may lie in any folder, beside the config of something else."""
     try:
         return "modules_list" in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 

@@ -333,3 +333,12 @@ def test_a_processor_of_ours_that_was_kept_is_stock_attention_after_disable(pipe
     pipe.unet.set_attn_processor(kept)
     assert UNetAttnProcessor in {type(p) for p in pipe.unet.attn_processors.values()}
     assert torch.equal(sample(pipe), stock)
+
+
+def test_windows_that_gave_way_are_not_said_to_run(tmp_path: Path) -> None:
+    pipe = slim("sd15")
+    windows = attnswap.HiDiffusion(raunet=False, active_above=0)
+    with attnswap.enabled(pipe, [windows, cases.linfusion(tmp_path, pipe.unet)]) as handle:
+        sample(pipe, steps=1)
+    [run] = handle.report().to_dict()["denoisers"][0]["runs"]
+    assert run["state"] == "nothing: windows gave way"

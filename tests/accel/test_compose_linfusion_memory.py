@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import attnswap
 import pytest
 import torch
+from diffusers.hooks import group_offloading
 
 from .methods import linfusion_cases as cases
 from .methods.common import call
@@ -85,3 +87,37 @@ def test_loading_needs_no_second_copy_in_the_model(tmp_path: Path) -> None:
     assert file.stat().st_size - 40_000 < added < file.stat().st_size
     call(unet, (8, 8))
     assert sum(buffer.nbytes for buffer in unet.buffers()) == added
+
+
+class NoStream:
+    """Enough of a stream for `ModuleGroup` to keep its list of tensors as it does on an accelerator."""
+
+    def synchronize(self) -> None:
+        pass
+
+    def current_stream(self) -> NoStream:
+        return self
+
+    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def test_group_offloading_with_a_stream_learns_of_our_weights_and_that_they_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_offloading, "TorchDeviceBackend", lambda *_: NoStream())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    unet = slim("sd15").unet
+    stock = call(unet, (8, 8))
+    cpu = torch.device("cpu")
+    blocks = group_offloading.GroupOffloadingType.BLOCK_LEVEL
+    # Not `apply_group_offloading`: it refuses streams without an accelerator.
+    group_offloading._apply_group_offloading(
+        unet,
+        group_offloading.GroupOffloadingConfig(
+            cpu, cpu, blocks, False, False, False, num_blocks_per_group=1, stream=NoStream()
+        ),
+    )
+    with attnswap.enabled(unet, cases.linfusion(tmp_path, unet)):
+        assert not torch.equal(call(unet, (8, 8)), stock)
+    assert torch.equal(call(unet, (8, 8)), stock)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attnswap.benchmarks import gpu, runner
+from attnswap.benchmarks import gpu, models, runner
 from attnswap.benchmarks.result import Result
 
 
@@ -33,7 +33,13 @@ def cuda(monkeypatch, doubling):
         return runner.run_benchmarks([doubling(ours=stand_in.ours)], device="cpu", quick=True)
 
     monkeypatch.setattr(gpu, "run_tests", lambda folder, timeout_s: stand_in.tests)
+
+    def time_model(result, budget_s):
+        stand_in.budgets.append(budget_s)
+        return result
+
     monkeypatch.setattr(gpu, "time_ops", time_ops)
+    monkeypatch.setattr(gpu, "time_model", time_model)
     return stand_in
 
 
@@ -42,7 +48,7 @@ def test_with_cuda_tests_and_timings_go_into_one_json(cuda, tmp_path):
     result = Result.read(tmp_path / "gpu.json")
     assert result.tests == cuda.tests
     assert len(result.records) == 1
-    assert 0 < cuda.budgets[0] <= 100
+    assert 100 >= cuda.budgets[0] > cuda.budgets[1] > 0
 
 
 def test_failing_tests_exit_1_and_the_json_is_still_written(cuda, tmp_path):
@@ -61,6 +67,31 @@ def test_a_folder_that_is_not_there_is_said_before_anything_runs(cuda, tmp_path,
     assert gpu.main(["--json", str(tmp_path / "missing" / "gpu.json")]) == 2
     assert "missing is no folder" in capsys.readouterr().err
     assert cuda.budgets == []
+
+
+@pytest.fixture
+def of_ops(doubling):
+    return runner.run_benchmarks([doubling(ours=lambda x: x * 2)], device="cpu", quick=True)
+
+
+def test_the_bundled_model_is_timed_after_the_operations(of_ops, doubling, monkeypatch):
+    asked = []
+
+    def run(model, **how):
+        asked.append((model, how["device"], how["budget_s"]))
+        return runner.run_benchmarks([doubling(ours=lambda x: x * 2)], device="cpu", quick=True)
+
+    monkeypatch.setattr(models, "run", run)
+    both = gpu.time_model(of_ops, 50.0)
+    assert asked == [("emoji-sd", "cuda", 50.0)]
+    assert len(both.records) == 2
+    assert both.records[0] == of_ops.records[0]
+
+
+def test_without_diffusers_the_model_is_left_out_with_the_reason(of_ops, monkeypatch):
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    (cut,) = gpu.time_model(of_ops, 50.0).cut
+    assert (cut.benchmark, cut.reason) == ("emoji-sd", "diffusers is not installed")
 
 
 def test_the_default_file_name_holds_the_device_and_the_date(cuda):

@@ -243,3 +243,25 @@ def test_a_pipelines_own_lora_functions_work_while_enabled(tmp_path: Path) -> No
     pipe.unfuse_lora(components=["unet"])
     pipe.unload_lora_weights()
     torch.testing.assert_close(sample(pipe), stock, rtol=1e-3, atol=1e-4)
+
+
+def test_a_lora_on_some_projections_leaves_query_key_and_value_of_one_dtype_under_autocast(
+    unet: UNet2DConditionModel, config: attnswap.LinFusion
+) -> None:
+    add_lora(unet, target_modules=["to_q", "to_v"])
+    attnswap.enable(unet, config)
+    attn = cases.self_attention(unet)["mid_block.attentions.0.transformer_blocks.0.attn1"]
+    tokens = torch.randn(1, 6, attn.to_q.in_features)  # a normalisation leaves fp32 under a GPU's autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        projected = attn.linfusion.project(attn, tokens)
+    assert {x.dtype for x in projected} == {torch.bfloat16}
+
+
+@pytest.mark.filterwarnings("ignore::attnswap.AttnswapWarning")
+def test_own_projections_with_an_adapter_fused_into_them_are_refused(unet: UNet2DConditionModel) -> None:
+    add_lora(unet)
+    unet.fuse_lora()
+    with pytest.raises(attnswap.WeightsError, match="cannot be taken over while extra is fused into it: unfuse it"):
+        attnswap.enable(unet, attnswap.LinFusion(weights=None))
+    unet.unfuse_lora()
+    attnswap.enable(unet, attnswap.LinFusion(weights=None))

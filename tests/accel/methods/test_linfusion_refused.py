@@ -11,6 +11,7 @@ import attnswap
 import pytest
 import torch
 from attnswap.accel.methods import linfusion_weights as weights_files
+from attnswap.accel.methods.linfusion import LinFusionStrategy
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -206,3 +207,38 @@ def test_quantised_projections_cannot_stand_in_for_weights(unet: nn.Module, tmp_
 def test_settings_no_unet_could_use_are_refused(settings: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         attnswap.LinFusion(**settings)
+
+
+def test_whole_numbers_in_place_of_weights_are_refused(unet: nn.Module, tmp_path: Path) -> None:
+    cases.write(tmp_path, unet)
+    damaged(tmp_path, **{"0.to_q.weight": torch.zeros(8, 8, dtype=torch.int8)})
+    assert "expected floating point in 0.to_q.weight, found I8" in refused(unet, tmp_path)
+
+
+def test_an_epsilon_that_float32_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="positive number that float32 can hold, got 1e-40"):
+        attnswap.LinFusion(eps=1e-40)
+
+
+@pytest.mark.parametrize("beside", [None, "null", "{}"])
+def test_a_single_file_without_a_config_is_taken_and_said_to_be_unchecked(
+    unet: nn.Module, tmp_path: Path, beside: str | None
+) -> None:
+    cases.write(tmp_path, unet)
+    config = tmp_path / "config.json"
+    config.unlink() if beside is None else config.write_text(beside)
+    with pytest.warns(attnswap.AttnswapWarning, match="the number of heads could not be checked"):
+        attnswap.enable(unet, attnswap.LinFusion(weights=tmp_path / weights_files.WEIGHTS))
+
+
+def test_processors_that_cannot_be_installed_leave_nothing_behind(
+    unet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cases.linfusion(tmp_path, unet)
+
+    def full(*arguments: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(LinFusionStrategy, "_place_of", full)
+    with unchanged(unet), pytest.raises(MemoryError):
+        attnswap.attn_processors(unet, config)
