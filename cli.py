@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from .pipelines.job import Job
 
 # Nothing heavy is imported before the arguments are understood: --help and wrong use answer at once.
-ROUTES = ("direct", "ladder", "superres", "superres-ladder")
+ROUTES = {
+    "direct": "one run at the size asked for",
+    "ladder": "a base near the native size, then image-to-image in stages",
+    "superres": "a base, enlarged once, its layout kept (SD 1.5, 2.1, XL)",
+    "superres-ladder": "the same in stages (SD 1.5, 2.1, XL)",
+}
 DTYPES = ("auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
 
 
@@ -63,7 +68,8 @@ def _add_generate(commands: Any) -> None:
         usage="attnswap generate PROMPT [options]",
         help="make one picture from a prompt",
         description="Make one picture from a prompt. What is not given comes from the model's preset.",
-        epilog='example: attnswap generate "a fox on a blue background" --width 256 --height 256 --method hidiffusion',
+        epilog='example: attnswap generate "a fox" --width 256 --height 256 --method hidiffusion',
+        formatter_class=_Listing,
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to show")
     parser.add_argument("-o", "--output", metavar="FILE", help="PNG to write (default: attnswap-TIME-SEED.png)")
@@ -75,9 +81,16 @@ def _add_generate(commands: Any) -> None:
     model.add_argument("--variant", help='weight variant, such as "fp16"')
     model.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help="auto, fp32, fp16 or bf16 (default: auto)")
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the accelerator, else the CPU)")
-    model.add_argument("--cpu-offload", choices=("model", "group"), help="keep the weights on the CPU until needed")
+    model.add_argument(
+        "--cpu-offload", choices=("model", "group"), metavar="BY", help="model or group: on the CPU until needed"
+    )
     model.add_argument("--vae-tiling", action="store_true", default=None, help="decode in tiles: less memory")
-    model.add_argument("--low-memory", action="store_true", default=None, help="slower, in parts: less memory")
+    model.add_argument(
+        "--low-memory",
+        action="store_true",
+        default=None,
+        help="slower: guidance halves, feed-forward and autoencoder in parts",
+    )
 
     method = parser.add_argument_group("method")
     method.add_argument("--method", metavar="NAME[,NAME]", help="what accelerates the attention (default: nothing)")
@@ -93,8 +106,9 @@ def _add_generate(commands: Any) -> None:
     picture.add_argument("--negative", metavar="PROMPT", help="what not to show")
     picture.add_argument("--seed", type=int, metavar="N", help="same seed, same picture (default: 0)")
 
-    route = parser.add_argument_group("above the native size")
-    route.add_argument("--route", choices=ROUTES, metavar="ROUTE", help=f"{', '.join(ROUTES)} (default: direct)")
+    routes = "\n".join(f"{name:16} {what}" for name, what in ROUTES.items())
+    route = parser.add_argument_group("above the native size, by one of these routes", routes)
+    route.add_argument("--route", choices=ROUTES, metavar="ROUTE", help="one of the above (default: direct)")
     route.add_argument("--strengths", type=_numbers, metavar="X[,X]", help="one a stage above the base, 0 to 1")
     route.add_argument("--keep-stages", action="store_true", help="leave the pictures of the stages behind")
     parser.set_defaults(run=_generate)
@@ -133,13 +147,15 @@ def _add_distill(commands: Any) -> None:
     methods = distill.add_subparsers(title="methods", metavar="METHOD", required=True)
     parser = methods.add_parser(
         "linfusion",
-        usage="attnswap distill linfusion --data DATA -o FOLDER (--steps N | --minutes M) [options]",
+        usage="attnswap distill linfusion -o FOLDER (--steps N | --minutes M) [--data DATA] [options]",
         help="linear attention for a U-Net (SD 1.5, SD 2.1, SDXL)",
         description="Train linear attention to do what the self-attention of a U-Net does. Writes the weights "
         "(use them as --set weights=FOLDER), a report with loss curves and pictures, and a checkpoint.",
         epilog="Several processes: accelerate launch -m attnswap.cli distill linfusion …",
     )
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for weights, report and checkpoint")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FOLDER", help="where weights, report and checkpoint go"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
 
     data = parser.add_argument_group("model and data")
@@ -147,10 +163,9 @@ def _add_distill(commands: Any) -> None:
     data.add_argument("--variant", help='weight variant, such as "fp16"')
     data.add_argument(
         "--data",
-        required=True,
         help="a folder of pictures with captions (fox.txt beside fox.png, or metadata.jsonl with file_name and text); "
         "or a text file, one caption a line, or the word captions for those a bundled model comes with: then the "
-        "model first draws the pictures itself, into FOLDER/data",
+        "model first draws the pictures itself, into FOLDER/data (default: captions)",
     )
     data.add_argument("--per-caption", type=int, metavar="N", help="pictures it draws a caption (default: 1)")
     data.add_argument("--size", type=int, metavar="PX", help="short side and crop (default: the model's own)")
@@ -360,6 +375,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _Listing(argparse.RawDescriptionHelpFormatter):
+    """For a help with a list in it, which must stay one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
 
 
 class _Version(argparse.Action):

@@ -141,7 +141,11 @@ def _climb(
                 done = stage.number
     except BaseException:
         if done:
-            notice(f"{done} of {len(stages)} stages are kept in {folder.path}; the same command goes on from there.")
+            # The output is named: without -o its name holds the time, and the next run would not find these stages.
+            notice(
+                f"{done} of {len(stages)} stages are kept in {folder.path}; "
+                f"the same command with -o {folder.output} goes on from there."
+            )
         raise
     assert image is not None
     return image

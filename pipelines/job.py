@@ -10,6 +10,8 @@ from typing import Any
 
 from .errors import BadInput
 
+MAX_SIDE = 16384
+
 # What a picture remembers of its job; everything else belongs to the machine that made it.
 RECORDED: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
@@ -32,7 +34,7 @@ ADDED: dict[str, tuple[tuple[type, ...], Any]] = {
     "low_memory": ((bool,), False),
 }
 # Where one of these changes, what the preset filled in for the old one no longer holds.
-RESOLVES = ("model", "width", "height", "route")
+RESOLVES = ("model", "width", "height", "steps", "route")
 OPEN = ("width", "height", "steps", "guidance")
 
 
@@ -96,7 +98,8 @@ def from_record(record: dict[str, Any]) -> dict[str, Any]:
 def again(record: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `Job` that makes a recorded picture again, with `changes` (the settings of methods are merged).
 
-    Another model, size or route is filled in anew from what was asked for; otherwise nothing moves but the changes.
+    Another model, size, number of steps or route is filled in anew from what was asked for; otherwise nothing moves but
+    the changes. Strengths stay with their route.
 
     Raises:
         BadInput: as `from_record`.
@@ -111,6 +114,8 @@ def again(record: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _changed(fields: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     changed = {**fields, **changes}
+    if changed["route"] != fields["route"] and "strengths" not in changes:
+        changed["strengths"] = None
     if "methods" in changes:
         stored = fields["methods"]
         changed["methods"] = {name: {**stored.get(name, {}), **values} for name, values in changes["methods"].items()}

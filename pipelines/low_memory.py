@@ -22,7 +22,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @contextmanager
 def low_memory(pipe: Any) -> Iterator[list[str]]:
-    """Guidance halves one at a time, feed-forward layers in parts, autoencoder in tiles and one picture at a time.
+    """Guidance halves, where batched, one at a time, feed-forward layers in parts, autoencoder in tiles.
 
     The same picture to floating-point tolerance, but for the tiles, whose overlaps are blended.
 
@@ -37,7 +37,7 @@ def low_memory(pipe: Any) -> Iterator[list[str]]:
             stack.enter_context(in_halves(denoiser))
         for layer in layers:
             stack.enter_context(in_parts_of_tokens(layer, FF_PARTS, FF_LEAST_TOKENS))
-        said.append("guidance halves one at a time")
+        said.append("guidance halves, where batched, one at a time")
         said.append(f"{len(layers)} feed-forward layers in up to {FF_PARTS} parts")
         if reason := untileable(pipe.vae):
             said.append(f"{type(pipe.vae).__name__} not in tiles: {reason}")
@@ -52,13 +52,13 @@ def tiled(vae: Any, tile: int | None = None) -> Iterator[None]:
     """Autoencoder in tiles both ways, and one picture at a time.
 
     Args:
-        tile: side in pixels; None is the autoencoder's own.
+        tile: side in pixels; None is the autoencoder's own, as for those of which `has_tile_side` is not true.
     """
     before = {name: value for name, value in vars(vae).items() if isinstance(value, bool | int | float)}
     vae.enable_tiling()
     if hasattr(vae, "enable_slicing"):
         vae.enable_slicing()
-    if tile is not None and hasattr(vae, "tile_latent_min_size"):
+    if tile is not None and has_tile_side(vae):
         factor = vae.tile_sample_min_size // vae.tile_latent_min_size
         vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // factor
     try:
@@ -66,6 +66,11 @@ def tiled(vae: Any, tile: int | None = None) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(vae, name, value)
+
+
+def has_tile_side(vae: Any) -> bool:
+    """Whether its tiles are squares of a side that can be set; others have a setting for each direction, or none."""
+    return hasattr(vae, "tile_sample_min_size") and hasattr(vae, "tile_latent_min_size")
 
 
 def untileable(vae: Any) -> str | None:

@@ -48,6 +48,21 @@ def read(folder: Path) -> Preset:
         return Preset()
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Preset(**{key: data[key] for key in Preset.__dataclass_fields__ if key in data})
+        preset = Preset(**{key: data[key] for key in Preset.__dataclass_fields__ if key in data})
+        _check_routes(preset.routes)
+        return preset
     except (ValueError, TypeError) as error:
         raise BadInput(f"{path} is no preset: {error}") from error
+
+
+def _check_routes(routes: Any) -> None:
+    """`ValueError` unless every route has strengths that a stage can have."""
+    if not isinstance(routes, dict):
+        raise ValueError(f"routes is {routes!r}, not an object.")
+    for route, strengths in routes.items():
+        numbers = isinstance(strengths, list) and all(
+            isinstance(strength, float | int) and not isinstance(strength, bool) and 0 < strength <= 1
+            for strength in strengths
+        )
+        if not numbers or not strengths:
+            raise ValueError(f"route {route!r} has {strengths!r}, not a list of strengths above 0, at most 1.")

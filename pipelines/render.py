@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from .errors import BLACKED_OUT, BadInput, JobFailed
 from .job import Job
-from .low_memory import tiled, untileable
+from .low_memory import has_tile_side, tiled, untileable
 from .routes import Stage, superres
 
 if TYPE_CHECKING:
     from ..accel.swap import Handle
 
-# From this side a stage's autoencoder works in tiles by itself, and in tiles of this side: few, so few seams.
+# From this side a stage's autoencoder works in tiles by itself, and where they can be set in tiles of this side: few,
+# so few seams.
 TILING_SIDE, TILE_SIDE = 4096, 2048
 
 
@@ -189,7 +190,8 @@ class Painter:
                 if reason := untileable(vae):
                     self._say(f"{stage}: {type(vae).__name__} not in tiles: {reason}.")
                 else:
-                    self._say(f"{stage}: autoencoder in tiles of {TILE_SIDE} px, from {TILING_SIDE} px on.")
+                    size = f"{TILE_SIDE} px" if has_tile_side(vae) else "its own size"
+                    self._say(f"{stage}: autoencoder in tiles of {size}, from {TILING_SIDE} px on.")
                     stack.enter_context(tiled(vae, TILE_SIDE))
             yield
 

@@ -11,10 +11,9 @@ import torch
 
 from . import presets
 from .errors import BadInput
-from .job import Job
+from .job import MAX_SIDE, Job
 from .routes import Stage, plan
-
-MAX_SIDE = 16384
+from .routes.plan import StepsRun, every, rounded_down, rounded_up
 
 
 def check_numbers(job: Job) -> None:
@@ -63,6 +62,7 @@ def complete(job: Job, pipe: Any, preset: presets.Preset, dtype: torch.dtype) ->
         steps=steps,
         strengths=job.strengths,
         preset=preset.routes,
+        steps_run=steps_run(pipe),
     )
     complete_job = dataclasses.replace(
         job,
@@ -74,6 +74,13 @@ def complete(job: Job, pipe: Any, preset: presets.Preset, dtype: torch.dtype) ->
         strengths=tuple(stage.strength for stage in stages if stage.strength is not None) or None,
     )
     return complete_job, stages
+
+
+def steps_run(pipe: Any) -> StepsRun:
+    """How many steps the image-to-image form of `pipe` runs: Diffusers' own count, by the kind of its denoiser."""
+    if type(pipe).__name__.startswith("LatentConsistencyModel"):
+        return every
+    return rounded_down if getattr(pipe, "unet", None) else rounded_up
 
 
 def size_multiple(pipe: Any) -> int:

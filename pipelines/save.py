@@ -12,6 +12,7 @@ from typing import IO, Any
 from PIL import Image, PngImagePlugin
 
 from .errors import BadInput
+from .job import MAX_SIDE
 
 KEY = "attnswap"
 
@@ -57,20 +58,35 @@ def write_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
         image.save(file, format="PNG", pnginfo=text)
 
 
+def open_png(path: Path) -> PngImagePlugin.PngImageFile:
+    """The PNG at `path`, of any size that can be asked for; no pixel is read yet.
+
+    `Image.open` would warn from 89 megapixels on and refuse from 179; its limit can only be moved for all threads.
+
+    Raises:
+        OSError, SyntaxError: no such file, no PNG, or one with more pixels than any picture of ours.
+    """
+    image = PngImagePlugin.PngImageFile(path)
+    if image.width * image.height > MAX_SIDE**2:
+        image.close()
+        raise OSError(f"{image.width}x{image.height} are more pixels than {MAX_SIDE}x{MAX_SIDE}")
+    return image
+
+
 def read_record(path: Path) -> dict[str, Any]:
-    """What `write_png` stored in the picture at `path`.
+    """What `write_png` stored in the picture at `path`; its pixels are not looked at.
 
     Raises:
         BadInput: no such file, no PNG, or one that another program made.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # the text may stand behind the pixels, where another program has saved the file again
-            text = getattr(image, "text", {}).get(KEY)
+        with open_png(path) as image:
+            # Where another program has saved the file again, the text may stand behind the pixels.
+            text = image.info.get(KEY) or image.text.get(KEY)
         record = json.loads(text) if text else None
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise BadInput(f"{path} is not a readable PNG: {error}") from error
     if not isinstance(record, dict):
         raise BadInput(f"{path} does not say how it was made: it has no attnswap metadata.")

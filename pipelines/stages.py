@@ -14,7 +14,7 @@ from . import save
 from .errors import BadInput, JobFailed
 from .routes import Stage
 
-_OURS = re.compile(r"\d+-\d+x\d+\.png|\..*\.part")
+_STAGE = re.compile(r"\d+-\d+x\d+\.png")
 
 
 class StageFolder:
@@ -26,6 +26,7 @@ class StageFolder:
     """
 
     def __init__(self, output: Path, job: dict[str, Any]) -> None:
+        self.output = output
         self.path = output.with_name(f".{output.name}.stages")
         self._job = json.loads(json.dumps(job))
 
@@ -37,9 +38,11 @@ class StageFolder:
                 record = save.read_record(path)
                 if record.get("job") != self._job or record.get("stage") != stage.number:
                     continue
-                with Image.open(path) as image:
+                with save.open_png(path) as image:
+                    if image.size != (stage.width, stage.height):
+                        continue
                     return stage, image.convert("RGB"), record["carried"]
-            except (BadInput, KeyError):  # not there, half-written or another program's
+            except (BadInput, KeyError, OSError, SyntaxError):  # not there, half-written or another program's
                 continue
         return None
 
@@ -51,12 +54,17 @@ class StageFolder:
             raise JobFailed(f"{self.file(stage)} could not be written: {error.strerror or error}") from error
 
     def remove(self) -> None:
-        """Take away what this class has written, and the folder if nothing else is in it."""
+        """Take away the stages of this job, and the folder if nothing else is in it."""
         with contextlib.suppress(OSError):
             for file in self.path.iterdir():
-                if _OURS.fullmatch(file.name):
+                if _STAGE.fullmatch(file.name) and self._is_of_this_job(file):
                     file.unlink()
             self.path.rmdir()
+
+    def _is_of_this_job(self, file: Path) -> bool:
+        with contextlib.suppress(BadInput):
+            return bool(save.read_record(file).get("job") == self._job)
+        return False
 
     def file(self, stage: Stage) -> Path:
         return self.path / f"{stage.number}-{stage.width}x{stage.height}.png"

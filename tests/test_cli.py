@@ -197,7 +197,7 @@ class TestRoute:
     def test_is_one_of_those_there_are(self) -> None:
         from attnswap.pipelines.routes import ROUTES
 
-        assert tuple(ROUTES) == cli.ROUTES
+        assert tuple(ROUTES) == tuple(cli.ROUTES)
 
 
 @pytest.mark.usefixtures("no_steps")
@@ -259,7 +259,7 @@ class TestWrongUseIsSaidBeforeAnyStep:
             (["--width", 128, "--route", "ladder", "--strengths", "0.4,0.3"], "2 given, 1 needed"),
             (["--width", 128, "--route", "ladder", "--strengths", "1.5"], "1.5 is out of range"),
             (["--width", 128, "--route", "ladder", "--strengths", "0.4;0.3"], "'0.4;0.3'"),
-            (["--width", 128, "--route", "ladder", "--steps", 5, "--strengths", "0.1"], "the least is 0.2"),
+            (["--width", 128, "--route", "ladder", "--steps", 5, "--strengths", "0.1"], "0.2 is enough"),
         ],
     )
     def test_route_that_leads_nowhere(self, attnswap: Cli, tiny_sd: Path, flags: list[object], said: str) -> None:
@@ -449,6 +449,18 @@ class TestHelp:
         status, out, _ = attnswap(*command, "--help")
         assert status == 0
         assert len(out.splitlines()) <= 45
+
+    @pytest.mark.parametrize("command", [("generate",), ("distill", "linfusion")])
+    def test_fits_eighty_columns(
+        self, attnswap: Cli, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
+        described = attnswap(*command, "--help")[1].split("\n\n", 1)[1]  # after the usage
+        assert max(map(len, described.splitlines())) <= 80
+
+    def test_says_of_every_route_what_it_is(self, attnswap: Cli) -> None:
+        out = attnswap("generate", "--help")[1]
+        assert all(f"  {name:16} {what}" in out for name, what in cli.ROUTES.items())
 
     def test_version(self, attnswap: Cli) -> None:
         from attnswap import __version__

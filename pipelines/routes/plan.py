@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import BadInput
@@ -16,6 +16,25 @@ ROUTES: dict[str, tuple[float, ...]] = {
     "superres": (0.32, 0.24, 0.16, 0.08),
     "superres-ladder": (0.32,),
 }
+
+
+#: Steps of a whole run, strength → steps that image-to-image really runs.
+StepsRun = Callable[[int, float], int]
+
+
+def rounded_down(steps: int, strength: float) -> int:
+    """As the image-to-image pipelines of U-Nets in Diffusers."""
+    return min(int(steps * strength), steps)
+
+
+def rounded_up(steps: int, strength: float) -> int:
+    """As those of transformers: Stable Diffusion 3, FLUX, Qwen-Image, Z-Image."""
+    return steps - int(max(steps - steps * strength, 0))
+
+
+def every(steps: int, strength: float) -> int:
+    """As latent consistency models, which space all steps over the part of the schedule that is left."""
+    return steps
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,7 @@ def plan(
     steps: int,
     strengths: Sequence[float] | None = None,
     preset: Mapping[str, Sequence[float]] | None = None,
+    steps_run: StepsRun = rounded_down,
 ) -> tuple[Stage, ...]:
     """The stages of a route, the base first, the last of exactly the size asked for.
 
@@ -63,6 +83,7 @@ def plan(
         steps: of a whole run.
         strengths: one a stage above the base; None takes the preset's, else the published ones.
         preset: the model's own in place of those in `ROUTES`.
+        steps_run: of its image-to-image form, for the ladder.
 
     Raises:
         BadInput: the size is not above the native one, or the strengths are none, with the numbers in it.
@@ -83,15 +104,17 @@ def plan(
         )
     sizes = [size] if route == "superres" else _climb(base, size, multiple)
     if strengths is None:
-        strengths = _usual(route, (preset or {}).get(route, ROUTES[route]), len(sizes), _ratio(base, size), steps)
-    _check(strengths, sizes, steps, at_least_one_step=route == "ladder")
+        schedule = (preset or {}).get(route, ROUTES[route])
+        strengths = _usual(route, schedule, len(sizes), _ratio(base, size), steps, steps_run)
+    _check(strengths, sizes, steps, steps_run if route == "ladder" else None)
     total = 1 + len(sizes)
     stages = [Stage(1, total, *base, steps)]
     for number, ((w, h), strength) in enumerate(zip(sizes, strengths, strict=True), start=2):
         if route == "ladder":
-            stages.append(Stage(number, total, w, h, int(steps * strength), strength))  # as Diffusers rounds
+            stages.append(Stage(number, total, w, h, steps_run(steps, strength), strength))
         else:
-            scale = max(2, round(_ratio(base, (w, h))))
+            # Rounded up as published, but for what the sides of base and stage were rounded by.
+            scale = max(2, math.ceil(_ratio(base, (w, h)) - 0.1))
             stages.append(Stage(number, total, w, h, math.ceil(steps * strength - 1e-6), strength, scale))
     return tuple(stages)
 
@@ -121,19 +144,26 @@ def _up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple - 1e-6) * multiple
 
 
-def _usual(route: str, schedule: Sequence[float], count: int, ratio: float, steps: int) -> list[float]:
+def _usual(
+    route: str, schedule: Sequence[float], count: int, ratio: float, steps: int, steps_run: StepsRun
+) -> list[float]:
     if route == "superres-ladder":
         return [schedule[0] * (count - stage) / count for stage in range(count)]
     if route == "superres":
         doublings = max(1, math.ceil(math.log2(ratio) - 1e-9))
         return [schedule[min(doublings, len(schedule)) - 1]]
+    usual = [schedule[min(stage, len(schedule) - 1)] for stage in range(count)]
     # A run of few steps must still have one.
-    least = math.ceil(1000 / steps) / 1000
-    return [max(least, schedule[min(stage, len(schedule) - 1)]) for stage in range(count)]
+    return [strength if steps_run(steps, strength) else _one_step(steps) for strength in usual]
+
+
+def _one_step(steps: int) -> float:
+    """A strength, in thousandths, at which every pipeline runs a step."""
+    return math.ceil(1000 / steps) / 1000
 
 
 def _check(
-    strengths: Sequence[float], sizes: Sequence[tuple[int, int]], steps: int, *, at_least_one_step: bool
+    strengths: Sequence[float], sizes: Sequence[tuple[int, int]], steps: int, steps_run: StepsRun | None
 ) -> None:
     where = f"--strengths {_listed(strengths)}"
     if len(strengths) != len(sizes):
@@ -142,9 +172,10 @@ def _check(
     for strength in strengths:
         if not 0 < strength <= 1:
             raise BadInput(f"{where}: {strength:g} is out of range: above 0, at most 1.")
-        if at_least_one_step and int(steps * strength) < 1:
-            least = math.ceil(1000 / steps) / 1000
-            raise BadInput(f"{where}: {strength:g} of {steps} steps is less than one step; the least is {least:g}.")
+        if steps_run and not steps_run(steps, strength):
+            raise BadInput(
+                f"{where}: {strength:g} of {steps} steps is less than one step; {_one_step(steps):g} is enough."
+            )
 
 
 def _listed(strengths: Sequence[float]) -> str:

@@ -54,8 +54,8 @@ def upscale(
 ) -> torch.Tensor:
     """Draws `image`, already resized to its final size, anew with detail.
 
-    Works with any scheduler that Diffusers' image-to-image works with. One whose corrector starts again from the
-    sample before (UniPC) drops part of the pull to the first picture.
+    Works with any scheduler that Diffusers' image-to-image works with. One that starts again from a sample it has
+    stored (UniPC's corrector, the second half of a Heun step) drops part of the pull to the first picture.
 
     Args:
         pipe: a StableDiffusionPipeline or StableDiffusionXLPipeline.
@@ -92,8 +92,9 @@ def upscale(
         soft = standardise(blur(latents, 2 * scale - 1, sigma * softness), moments_of(latents))
         with Dilated(scale):
             far = predict(pipe, soft, t, text)
-        # A solver's update is linear in the prediction, so one step with the mixture is the mixture of two steps from
-        # the same state: it needs no copy of the scheduler, and multistep solvers remember what was really done.
+        # Without clipping or thresholding a solver's update is linear in the prediction, so one step with the mixture
+        # is the mixture of two steps from the same state: it needs no copy of the scheduler, and multistep solvers
+        # remember what was really done.
         latents = scheduler.step(near.lerp(far, share), t, latents, **step_arguments, return_dict=False)[0]
         on_step(index + 1, latents)
     picture = decode(pipe, standardise(latents, moments_of(start) if moments is None else moments))

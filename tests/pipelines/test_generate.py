@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attnswap.pipelines import load, save
+from attnswap.pipelines import load, presets, save
 from attnswap.pipelines.errors import BadInput, JobFailed
 from attnswap.pipelines.generate import generate
 from attnswap.pipelines.job import RECORDED, Job, from_record
@@ -86,6 +86,15 @@ class TestPreset:
         Path(preset.model, "attnswap.json").write_text("{")
         with pytest.raises(BadInput, match=r"attnswap\.json"):
             generate(preset)
+
+    @pytest.mark.parametrize(
+        "routes",
+        [{"ladder": []}, {"ladder": 0.4}, {"ladder": ["much"]}, {"ladder": [True]}, {"superres": [0.3, 2]}, [], None],
+    )
+    def test_with_routes_that_are_none_is_named(self, preset: Job, routes: object) -> None:
+        Path(preset.model, "attnswap.json").write_text(json.dumps({"routes": routes}))
+        with pytest.raises(BadInput, match=r"attnswap\.json is no preset: route"):
+            presets.read(Path(preset.model))
 
 
 class TestRecord:

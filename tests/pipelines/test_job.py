@@ -52,11 +52,14 @@ class TestUnchanged:
 
 class TestFilledInAnew:
     @pytest.mark.parametrize(
-        "change", [{"width": 256}, {"height": 256}, {"model": "other"}, {"route": "superres"}, {"route": "direct"}]
+        "change",
+        [{"width": 256}, {"height": 256}, {"model": "b"}, {"route": "superres"}, {"route": "direct"}, {"steps": 4}],
     )
-    def test_with_another_size_model_or_route(self, record: dict[str, Any], change: dict[str, Any]) -> None:
+    def test_with_another_size_model_route_or_number_of_steps(
+        self, record: dict[str, Any], change: dict[str, Any]
+    ) -> None:
         fields = again(record, change)
-        assert (fields["steps"], fields["guidance"], fields["strengths"]) == (None, None, None)
+        assert (fields["steps"], fields["guidance"], fields["strengths"]) == (change.get("steps"), None, None)
         assert fields["dtype"] == "auto"
         assert fields["methods"] == {"hidiffusion": {"t2": 0.1}}  # what was asked for stays
         assert fields | change == fields
@@ -66,6 +69,25 @@ class TestFilledInAnew:
         del record["asked"]
         fields = again(record, {"width": 256})
         assert (fields["steps"], fields["width"], fields["asked"]) == (12, 256, None)
+
+
+class TestStrengthsThatWereAskedFor:
+    @pytest.fixture(params=[True, False], ids=["known", "of an earlier version"])
+    def asked(self, request: pytest.FixtureRequest, record: dict[str, Any]) -> dict[str, Any]:
+        record["asked"] = record["asked"] | {"strengths": [0.4]} if request.param else None
+        return record
+
+    @pytest.mark.parametrize("route", ["direct", "superres"])
+    def test_stay_with_their_route(self, asked: dict[str, Any], route: str) -> None:
+        fields = again(asked, {"route": route})
+        assert (fields["route"], fields["strengths"]) == (route, None)
+        assert fields["asked"] is None or fields["asked"]["strengths"] is None
+
+    def test_are_kept_on_it(self, asked: dict[str, Any]) -> None:
+        assert again(asked, {"route": "ladder", "steps": 4})["strengths"] == (0.4,)
+
+    def test_give_way_to_others(self, asked: dict[str, Any]) -> None:
+        assert again(asked, {"route": "superres", "strengths": (0.3,)})["strengths"] == (0.3,)
 
 
 class TestRecord:

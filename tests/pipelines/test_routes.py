@@ -8,8 +8,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,8 @@ from attnswap.pipelines.errors import BadInput, JobFailed
 from attnswap.pipelines.generate import Result, generate, place, place_again
 from attnswap.pipelines.job import Job, from_record
 from attnswap.pipelines.low_memory import untileable
+from attnswap.pipelines.routes import Stage
+from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 
 CLIMBING = ["ladder", "superres", "superres-ladder"]
@@ -128,7 +132,7 @@ class TestEveryRoute:
         plain, spared = (generate(going(job, route, low_memory=low)) for low in (False, True))
         difference = np.abs(pixels(plain).astype(int) - pixels(spared))
         assert difference.max() <= 1
-        assert any("low memory: guidance halves one at a time" in text for text in spared.notices)
+        assert any("low memory: guidance halves, where batched, one at a time" in text for text in spared.notices)
 
 
 class TestLadder:
@@ -174,6 +178,36 @@ class TestLadder:
         assert result.notices == (
             "stage 3/3: 128x192, strength 0.5, 1 steps: autoencoder in tiles of 128 px, from 192 px on.",
         )
+
+    def test_does_not_claim_a_size_of_tiles_that_cannot_be_set(self, job: Job) -> None:
+        vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        heard: list[str] = []
+        shown = render.Progress((), shown=False)
+        painter = render.Painter(SimpleNamespace(vae=vae), job, torch.device("cpu"), progress=shown, say=heard.append)
+        with painter._tiles(Stage(2, 2, 4096, 4096, 1, 0.5)):
+            assert vae.use_tiling
+        assert heard == [
+            "stage 2/2: 4096x4096, strength 0.5, 1 steps: autoencoder in tiles of its own size, from 4096 px on."
+        ]
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "StableDiffusion",
+            "StableDiffusionXL",
+            "StableDiffusion3",
+            "Flux",
+            "QwenImage",
+            "ZImage",
+        ],
+    )
+    @pytest.mark.parametrize(("steps", "strength"), [(12, 0.4), (50, 0.3), (28, 0.1), (100, 0.29), (8, 0.05), (7, 1.0)])
+    def test_counts_the_steps_that_diffusers_runs(self, name: str, steps: int, strength: float) -> None:
+        larger = getattr(diffusers, f"{name}Img2ImgPipeline")
+        pipe = SimpleNamespace(scheduler=SimpleNamespace(timesteps=torch.arange(steps), order=1))
+        pipe.unet = object() if name in ("StableDiffusion", "StableDiffusionXL") else None
+        _, expected = larger.get_timesteps(pipe, steps, strength, "cpu")
+        assert resolve.steps_run(pipe)(steps, strength) == expected
 
 
 class TestOffload:
@@ -263,6 +297,7 @@ class TestGoingOn:
         with pytest.raises(JobFailed, match=r"out of memory at 128x192 .* --low-memory"):
             generate(job, say=heard.append)
         assert "2 of 3 stages are kept" in heard[-1]
+        assert f"the same command with -o {job.output} goes on from there" in heard[-1]
 
 
 class TestRefusals:

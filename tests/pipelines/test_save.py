@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import struct
+import warnings
+import zlib
 from pathlib import Path
 
 import pytest
@@ -90,9 +93,52 @@ def test_a_file_that_is_no_picture(tmp_path: Path, content: bytes) -> None:
         save.read_record(tmp_path / "a.png")
 
 
-def test_a_truncated_picture(picture: Image.Image, tmp_path: Path) -> None:
+def test_a_picture_cut_off_in_its_record(picture: Image.Image, tmp_path: Path) -> None:
     save.write_png(picture, tmp_path / "a.png", RECORD)
     whole = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "a.png").write_bytes(whole[: whole.index(b"iTXt") + 20])
     with pytest.raises(BadInput, match="not a readable PNG"):
         save.read_record(tmp_path / "a.png")
+
+
+def test_a_picture_cut_off_behind_its_record_still_tells_it(picture: Image.Image, tmp_path: Path) -> None:
+    save.write_png(picture, tmp_path / "a.png", RECORD)
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: whole.index(b"IDAT") + 20])
+    assert save.read_record(tmp_path / "a.png") == RECORD
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG of that size with `{"seed": 1}` as its record and hardly a pixel."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    text = b"attnswap\0\0\0\0\0" + b'{"seed": 1}'
+    chunks = [chunk(b"IHDR", header), chunk(b"iTXt", text), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("size", [(16384, 16384), (16384, 8192)])
+def test_the_largest_pictures_tell_their_record_without_a_warning(tmp_path: Path, size: tuple[int, int]) -> None:
+    (tmp_path / "a.png").write_bytes(claiming(*size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert save.read_record(tmp_path / "a.png") == {"seed": 1}
+        with save.open_png(tmp_path / "a.png") as image:
+            assert image.size == size
+
+
+def test_a_picture_larger_than_any_of_ours_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(claiming(16385, 16384))
+    with pytest.raises(BadInput, match="16385x16384 are more pixels than 16384x16384"):
+        save.read_record(tmp_path / "a.png")
+
+
+def test_a_record_behind_the_pixels_is_found(picture: Image.Image, tmp_path: Path) -> None:
+    picture.save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    text = chunk(b"iTXt", b'attnswap\0\0\0\0\0{"seed": 1}')
+    (tmp_path / "a.png").write_bytes(whole[:-12] + text + whole[-12:])
+    assert save.read_record(tmp_path / "a.png") == {"seed": 1}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from attnswap.pipelines.errors import BadInput
 from attnswap.pipelines.routes import ROUTES, Stage, plan
-from attnswap.pipelines.routes.plan import base_size
+from attnswap.pipelines.routes.plan import base_size, every, rounded_down, rounded_up
 
 CLIMBING = [route for route in ROUTES if route != "direct"]
 
@@ -87,6 +87,23 @@ class TestStrengths:
             assert all(stage.steps >= 1 for stage in stages(route, 2048, 2048, steps=steps))
 
 
+class TestStepsOfTheLadder:
+    @pytest.mark.parametrize(
+        ("steps_run", "expected"), [(rounded_down, [12, 4, 3]), (rounded_up, [12, 5, 4]), (every, [12, 12, 12])]
+    )
+    def test_are_those_its_image_to_image_form_runs(self, steps_run: Any, expected: list[int]) -> None:
+        found = stages("ladder", 256, 256, steps=12, steps_run=steps_run)  # 4.8 and 3.6
+        assert [stage.steps for stage in found] == expected
+
+    def test_rounded_up_are_never_less_than_one(self) -> None:
+        found = stages("ladder", 128, 128, steps=12, strengths=(0.05,), steps_run=rounded_up)
+        assert found[1].steps == 1
+
+    def test_rounded_up_keep_the_usual_strengths_in_a_short_run(self) -> None:
+        found = stages("ladder", 256, 256, steps=3, steps_run=rounded_up)[1:]
+        assert [(stage.steps, stage.strength) for stage in found] == [(2, 0.4), (1, 0.3)]
+
+
 class TestScale:
     def test_is_the_ratio_to_the_base(self) -> None:
         assert [stage.scale for stage in stages("superres-ladder", 512, 512)] == [1, 2, 4, 8]
@@ -95,6 +112,11 @@ class TestScale:
     def test_is_whole_and_at_least_two(self) -> None:
         assert stages("superres", 96, 96)[1].scale == 2
         assert stages("superres", 224, 224)[1].scale == 4  # 3.5
+
+    def test_is_rounded_up_but_not_by_the_rounding_of_sides(self) -> None:
+        assert stages("superres", 160, 160)[1].scale == 3  # 2.5
+        assert stages("superres", 136, 128)[1].scale == 2  # 2.06, of a base of 66 by 62 px
+        assert stages("superres", 2056, 2056, native=1024)[1].scale == 2
 
     def test_the_ladder_of_pictures_has_none(self) -> None:
         assert {stage.scale for stage in stages("ladder", 512, 512)} == {1}
@@ -122,7 +144,7 @@ class TestRefusals:
             stages("superres", 256, 256, strengths=(strength,))
 
     def test_a_strength_that_runs_no_step(self) -> None:
-        with pytest.raises(BadInput, match=r"0\.05 of 12 steps is less than one step; the least is 0\.084"):
+        with pytest.raises(BadInput, match=r"0\.05 of 12 steps is less than one step; 0\.084 is enough"):
             stages("ladder", 128, 128, steps=12, strengths=(0.05,))
 
     def test_strengths_without_a_route(self) -> None:

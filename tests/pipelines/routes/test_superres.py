@@ -70,7 +70,7 @@ class TestOneBranchAlone:
 
 
 class TestScheduler:
-    @pytest.mark.parametrize("name", [*SCHEDULERS, "UniPCMultistepScheduler"])
+    @pytest.mark.parametrize("name", [*SCHEDULERS, "UniPCMultistepScheduler", "HeunDiscreteScheduler"])
     def test_a_step_with_the_mixture_is_the_mixture_of_two_steps_from_one_state(self, sd: Any, name: str) -> None:
         use(sd, name)
         sd.scheduler.set_timesteps(6)
