@@ -19,7 +19,8 @@ from ..accel.methods.linfusion_weights import CONFIG, WEIGHTS
 from ..pipelines import load, presets, save
 from ..pipelines.emoji_reference import Reference, caption
 from ..pipelines.errors import BadInput, JobFailed, near
-from .distill_checkpoint import Checkpoint
+from ..pipelines.resolve import check_side, size_multiple
+from .distill_checkpoint import LOSSES, Checkpoint
 from .distill_data import NOISE, Example, Order, Pictures, generator, loader, read_captions, read_folder
 from .distill_drawing import DEFAULT_STEPS, Sampling, draw_folder
 from .distill_inputs import InputMaker
@@ -59,22 +60,22 @@ def distill(
 
     Raises:
         BadInput, UnsupportedModel: the request cannot be met; nothing was trained.
-        JobFailed: a picture could not be read, or the loss is no number.
+        JobFailed: a picture could not be drawn or read, the loss is no number, or a file could not be written.
     """
     settings.check()
     accelerator = _accelerator(settings)
     checkpoint = Checkpoint(settings.output / "checkpoint")
     if accelerator.is_main_process:
-        _check_output(settings, checkpoint)
+        _check_output(settings, checkpoint, accelerator.num_processes)
+    else:
+        say, progress = (lambda text: None), False
     model = load.find(settings.model, variant=settings.variant)
     if "unet" not in model.denoisers:
         has = ", ".join(f"{part} ({kind})" for part, kind in model.denoisers.items())
         raise BadInput(f"{settings.model}: LinFusion is for U-Nets, it has {has}.")
-    source = _source(settings, model)
-    if not accelerator.is_main_process:
-        say, progress = (lambda text: None), False
+    examples, captions = _source(settings, model, progress)
     trainer = _Trainer(settings, model, accelerator, checkpoint, say, progress)
-    examples = trainer.pictures(source)
+    examples = examples or trainer.drawn(captions)
     trainer.train(examples)
     return trainer.finish(examples) if accelerator.is_main_process else None
 
@@ -97,8 +98,7 @@ class _Trainer:
         preset = presets.read(model.folder)
         native = preset.native_side or self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
         self.sampling = Sampling(settings.size or native, preset.steps or DEFAULT_STEPS, preset.guidance)
-        if self.sampling.side % self.pipe.vae_scale_factor:
-            raise BadInput(f"--size {self.sampling.side}: not a multiple of {self.pipe.vae_scale_factor}.")
+        check_side("--size", self.sampling.side, size_multiple(self.pipe))
         self.inputs = InputMaker(
             self.pipe, settings.model, device=accelerator.device, caption_dropout=settings.caption_dropout
         )
@@ -106,11 +106,9 @@ class _Trainer:
         self.losses: list[dict[str, float]] = []
         self.step, self.seconds = 0, 0.0
 
-    def pictures(self, source: Path | list[str]) -> list[Example]:
-        """The training data, drawn first where there are captions only."""
-        if isinstance(source, Path):
-            return read_folder(source)
-        captions = [text for text in source for _ in range(self.settings.per_caption)]
+    def drawn(self, captions: list[str]) -> list[Example]:
+        """The teacher's own pictures of captions, `settings.per_caption` of each."""
+        captions = [text for text in captions for _ in range(self.settings.per_caption)]
         folder = self.settings.output / "data"
         self.say(f"the teacher draws {len(captions)} pictures of {self.sampling.side} px into {folder}")
         bar = self._bar("drawing", math.ceil(len(captions) / self.accelerator.num_processes))
@@ -127,12 +125,14 @@ class _Trainer:
         )
         bar.close()
         self.accelerator.wait_for_everyone()
-        return read_folder(folder)
+        return read_folder(folder, progress=self.progress)
 
     def train(self, examples: list[Example]) -> None:
         from diffusers.training_utils import EMAModel
 
         settings, accelerator = self.settings, self.accelerator
+        if self.inputs.upcast():
+            self.say("the autoencoder encodes in float32: this one overflows in float16")
         unet = self.pipe.unet
         student = self.student = LinFusionStudent(unet, mid=self.mid, seed=settings.seed)
         if settings.gradient_checkpointing:
@@ -158,7 +158,8 @@ class _Trainer:
 
         def write() -> None:
             if accelerator.is_main_process:
-                facts = {"step": self.step, "seconds": self.seconds, "settings": settings.fixed()}
+                facts: dict[str, Any] = {"step": self.step, "seconds": self.seconds, "settings": settings.fixed()}
+                facts["processes"] = accelerator.num_processes
                 facts["scaler"] = None if accelerator.scaler is None else accelerator.scaler.state_dict()
                 self.checkpoint.write(facts, named, average, plain_optimizer, unsaved)
             unsaved.clear()
@@ -166,7 +167,12 @@ class _Trainer:
         while not self._over():
             seen = torch.zeros(3, device=accelerator.device)
             for micro in range(settings.accumulate):
-                inputs = self._inputs(batches, self.step * settings.accumulate + micro)
+                try:
+                    inputs = self._inputs(batches, self.step * settings.accumulate + micro)
+                except JobFailed:
+                    if unsaved:
+                        write()
+                    raise
                 with accelerator.accumulate(model):
                     terms = student.losses(model, inputs.noisy, inputs.timesteps, inputs.target, inputs.conditions)
                     accelerator.backward((terms * weights).sum())
@@ -229,6 +235,8 @@ class _Trainer:
             self.accelerator.scaler.load_state_dict(facts["scaler"])
         if self.accelerator.is_main_process:
             self.losses = self.checkpoint.losses(self.step)
+            if missing := self.step - len(self.losses):
+                self.say(f"{missing} of {self.step} steps are missing in the damaged {LOSSES}, and so in the report")
 
     def _batches(self, examples: list[Example]) -> Iterator[Any]:
         order = Order(
@@ -277,8 +285,8 @@ def _accelerator(settings: Settings) -> Any:
         raise BadInput(f"--mixed-precision {settings.mixed_precision}: {error}") from error
 
 
-def _source(settings: Settings, model: load.Model) -> Path | list[str]:
-    """A folder of pictures that was found to be whole, or captions."""
+def _source(settings: Settings, model: load.Model, progress: bool) -> tuple[list[Example], list[str]]:
+    """Pictures from a folder, or else captions for which to draw them."""
     if settings.data == CAPTIONS:
         reference = model.folder / "reference"
         if not (reference / "subjects.json").is_file():
@@ -286,25 +294,25 @@ def _source(settings: Settings, model: load.Model) -> Path | list[str]:
                 f"--data {CAPTIONS}: {settings.model} comes with none; give a text file, one caption a line."
             )
         known = Reference.load(reference)
-        return [caption(name, colour) for name in known.names for colour in (None, *known.colours)]
+        return [], [caption(name, colour) for name in known.names for colour in (None, *known.colours)]
     path = Path(settings.data).expanduser()
     if path.is_file():
-        return read_captions(path)
+        return [], read_captions(path)
     if not path.is_dir() and not path.parent.is_dir():
         raise BadInput(f"--data {settings.data}: no such folder or file, nor the word {CAPTIONS!r}.")
     if not path.is_dir():
         others = [other.name for other in path.parent.iterdir()]
         raise BadInput(f"--data {settings.data}: no such folder or file.{near(path.name, [*others, CAPTIONS])}")
-    read_folder(path)
-    return path
+    return read_folder(path, progress=progress), []
 
 
-def _check_output(settings: Settings, checkpoint: Checkpoint) -> None:
+def _check_output(settings: Settings, checkpoint: Checkpoint, processes: int) -> None:
     output = settings.output
     if output.exists() and not output.is_dir():
         raise BadInput(f"-o {output}: that is a file.")
     ours = {"checkpoint", "data", "report", CONFIG, WEIGHTS}
-    found = sorted(path.name for path in output.glob("*"))
+    # A run killed while writing leaves a part of a file.
+    found = sorted(path.name for path in output.glob("*") if not path.match(".*.part"))
     is_run = bool({"checkpoint", "data"} & set(found)) and ours.issuperset(found)
     if settings.resume and not is_run:
         raise BadInput(f"--resume: there is no run in {output}.")
@@ -314,10 +322,13 @@ def _check_output(settings: Settings, checkpoint: Checkpoint) -> None:
         strange = next((name for name in found if name not in ours), found[0])
         raise BadInput(f"-o {output} is not empty (it has {strange}): give a folder of its own.")
     if checkpoint.exists():
-        before = checkpoint.facts()["settings"]
+        facts = checkpoint.facts()
+        before = facts["settings"]
         for name, value in settings.fixed().items():
             if before.get(name) != value:
                 raise BadInput(f"--resume: {flag(name)} was {before.get(name)}, not {value}.")
+        if (were := facts.get("processes", processes)) != processes:
+            raise BadInput(f"--resume: the number of processes was {were}, not {processes}.")
     try:
         output.mkdir(parents=True, exist_ok=True)
         save.check_writable(output / CONFIG, ".json")

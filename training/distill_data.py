@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from ..pipelines.errors import BadInput, JobFailed
 
@@ -41,12 +42,15 @@ class Batch:
     sizes: Tensor
 
 
-def read_folder(folder: Path) -> list[Example]:
+def read_folder(folder: Path, *, progress: bool = False) -> list[Example]:
     """The pictures of a folder: by its metadata.jsonl (`file_name`, `text`), as Hugging Face's imagefolder has it, or
     every picture below it with a caption beside it (`fox.png`, `fox.txt`).
 
+    Args:
+        progress: draw a bar, should it take longer.
+
     Raises:
-        BadInput: nothing is there, a caption is missing, or a file is not a picture.
+        BadInput: nothing is there, a caption is missing or not UTF-8, or a file is not a picture.
     """
     if not folder.is_dir():
         raise BadInput(f"--data {folder}: no such folder.")
@@ -54,7 +58,7 @@ def read_folder(folder: Path) -> list[Example]:
     examples = _listed(metadata) if metadata.is_file() else _with_captions_beside(folder)
     if not examples:
         raise BadInput(f"--data {folder}: no pictures ({', '.join(sorted(SUFFIXES))}).")
-    for example in examples:
+    for example in tqdm(examples, "checking pictures", disable=not progress, delay=2):
         _check_header(example.path)
     return examples
 
@@ -65,19 +69,23 @@ def read_captions(file: Path) -> list[str]:
     Raises:
         BadInput: no such file, none in it, or no text.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--data {file}: not a readable text file ({error}).") from error
-    captions = [line.strip() for line in lines if line.strip()]
+    captions = [line.strip() for line in _text(file).split("\n") if line.strip()]
     if not captions:
         raise BadInput(f"--data {file}: no caption in it; one a line is expected.")
     return captions
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file} is not a readable text file in UTF-8 ({error}).") from error
+
+
 def _listed(metadata: Path) -> list[Example]:
     examples = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: JSON may have U+2028 and its like inside a string.
+    for number, line in enumerate(_text(metadata).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -95,14 +103,15 @@ def _listed(metadata: Path) -> list[Example]:
 
 def _with_captions_beside(folder: Path) -> list[Example]:
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    captions = {path: path.with_suffix(".txt") for path in pictures}
-    bare = [path for path, text in captions.items() if not text.is_file() or not text.read_text("utf-8").strip()]
+    beside = {path: path.with_suffix(".txt") for path in pictures}
+    captions = {path: _text(file).strip() if file.is_file() else "" for path, file in beside.items()}
+    bare = [path for path, text in captions.items() if not text]
     if bare:
         raise BadInput(
             f"--data {folder}: {len(bare)} of {len(pictures)} pictures have no caption, the first is {bare[0].name}; "
             f"put it in {bare[0].stem}.txt beside it, or all of them in {METADATA}."
         )
-    return [Example(path, text.read_text("utf-8").strip()) for path, text in captions.items()]
+    return [Example(path, text) for path, text in captions.items()]
 
 
 def _check_header(path: Path) -> None:
@@ -183,6 +192,8 @@ def _collate(items: list[dict[str, Any]]) -> Batch:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut off all above 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

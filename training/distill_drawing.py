@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ..pipelines import save
-from ..pipelines.errors import BadInput
+from ..pipelines.errors import BLACKED_OUT, BadInput, JobFailed
+from .distill_checkpoint import writing
 from .distill_data import METADATA
 
 DEFAULT_STEPS = 25
@@ -28,16 +29,27 @@ class Sampling:
 
 
 def draw(pipe: Any, captions: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image]:
-    """One picture a caption; each depends on its seed and not on the others in the batch."""
+    """One picture a caption; each depends on its seed and not on the others in the batch.
+
+    Raises:
+        JobFailed: one is black, which nobody should learn from or be compared with.
+    """
     guidance = {} if sampling.guidance is None else {"guidance_scale": sampling.guidance}
-    pictures: list[Image.Image] = pipe(
+    output = pipe(
         list(captions),
         height=sampling.side,
         width=sampling.side,
         num_inference_steps=sampling.steps,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         **guidance,
-    ).images
+    )
+    pictures: list[Image.Image] = output.images
+    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
+    for caption, picture, flagged in zip(captions, pictures, flags, strict=True):
+        if flagged:
+            raise JobFailed(f"{caption!r}: {BLACKED_OUT}")
+        if not picture.getbbox():
+            raise JobFailed(f"{caption!r}: the picture came out black, not-a-number most likely. Try bf16 or fp32.")
     return pictures
 
 
@@ -63,8 +75,10 @@ def draw_folder(
 
     Raises:
         BadInput: the folder holds pictures of other captions or another size.
+        JobFailed: a picture came out black or could not be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     names = [f"{number:06d}.png" for number in range(len(captions))]
     lines = [{"file_name": name, "text": text} for name, text in zip(names, captions, strict=True)]
     document = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -77,7 +91,7 @@ def draw_folder(
         part = missing[first : first + batch]
         pictures = draw(pipe, [captions[number] for number in part], [seed + number for number in part], sampling)
         for number, picture in zip(part, pictures, strict=True):
-            with save.atomic(folder / names[number]) as file:
+            with writing(folder / names[number]), save.atomic(folder / names[number]) as file:
                 picture.save(file, format="PNG")
         progress(len(part))
 
@@ -86,5 +100,5 @@ def _agree(path: Path, text: str, process: int) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise BadInput(f"{path.parent} holds pictures of other captions or another size: give another output folder.")
     if process == 0 and not path.exists():
-        with save.atomic(path) as file:
+        with writing(path), save.atomic(path) as file:
             file.write(text.encode())

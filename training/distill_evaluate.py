@@ -24,6 +24,7 @@ from ..accel.swap import enable
 from ..pipelines import load, presets
 from ..pipelines.emoji_reference import Reference, caption, judge, psnr, sample_captions
 from ..pipelines.errors import BadInput, JobFailed
+from ..pipelines.resolve import check_side, size_multiple
 from .distill_data import read_captions
 from .distill_drawing import DEFAULT_STEPS, Sampling, draw
 
@@ -63,6 +64,7 @@ def evaluate(
 
     Raises:
         BadInput, UnsupportedModel, WeightsError: the request cannot be met.
+        JobFailed: a picture came out black.
     """
     found = load.find(model)
     where = load.pick_device(device)
@@ -71,6 +73,7 @@ def evaluate(
     preset = presets.read(found.folder)
     native = preset.native_side or pipe.unet.config.sample_size * pipe.vae_scale_factor
     sampling = Sampling(size or native, preset.steps or DEFAULT_STEPS, preset.guidance)
+    check_side("--size", sampling.side, size_multiple(pipe))
     prompts, asked, reference = _prompts(found, captions, count, seed)
 
     def pictures() -> np.ndarray:

@@ -47,9 +47,17 @@ class InputMaker:
         self.is_xl = _check(pipe, name)
         self.dtype = pipe.unet.dtype
         self.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        # SDXL's autoencoder overflows in float16; its pipeline turns it to float32 to decode, too.
-        if getattr(pipe.vae.config, "force_upcast", False) and pipe.vae.dtype == torch.float16:
-            pipe.vae.to(torch.float32)
+
+    def upcast(self) -> bool:
+        """Turn an autoencoder that overflows in float16 (SDXL's) to float32; whether that was needed.
+
+        The pipeline draws no pictures like this: it turns its autoencoder to and fro by itself.
+        """
+        vae = self.pipe.vae
+        needed = bool(getattr(vae.config, "force_upcast", False)) and vae.dtype == torch.float16
+        if needed:
+            vae.to(torch.float32)
+        return needed
 
     @torch.no_grad()
     def __call__(self, batch: Batch, generator: torch.Generator) -> Inputs:

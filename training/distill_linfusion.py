@@ -21,6 +21,7 @@ from ..accel.methods.linfusion import LinFusion, LinFusionStrategy
 from ..accel.methods.linfusion_layer import CHILD, LinFusionLayer, from_stock
 from ..accel.swap import enable
 from ..pipelines.errors import BadInput
+from .distill_checkpoint import writing
 
 # The published SDXL weights have MLPs of a sixteenth of the layer's width, those for SD 1.5 and 2.1 of the full width.
 SDXL_MID = "C/16"
@@ -61,6 +62,7 @@ class LinFusionStudent:
                 trained = {name: tensor.float() for name, tensor in tensors.items()}
                 attn.add_module(CHILD, LinFusionLayer(trained, trainable=True))
         self._outputs: dict[str, Tensor] = {}
+        self._recording = False
         self._hooks = [attn.register_forward_hook(self._recorder(name)) for name, attn in attention.items()]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -73,7 +75,11 @@ class LinFusionStudent:
 
     @contextlib.contextmanager
     def as_teacher(self) -> Iterator[None]:
-        """In this block the U-Net is the stock one, bit for bit, and no gradient is kept."""
+        """In this block the U-Net is the stock one, and no gradient is kept.
+
+        Bit for bit, where it is called as it would be without training: one that Accelerate prepared for mixed
+        precision runs in autocast as teacher, too.
+        """
         self._strategy.active = False
         try:
             with torch.no_grad():
@@ -93,23 +99,32 @@ class LinFusionStudent:
             timesteps: `[B]`.
             conditions: further arguments of the U-Net.
         """
-        with self.as_teacher():
-            taught = self.unet(noisy, timesteps, **conditions).sample
-        taught_layers = self._take()
-        predicted = model(noisy, timesteps, **conditions).sample
-        layers = self._take()
+        self._recording = True
+        try:
+            with self.as_teacher():
+                taught = self.unet(noisy, timesteps, **conditions).sample
+            taught_layers = self._take()
+            predicted = model(noisy, timesteps, **conditions).sample
+        finally:
+            self._recording = False
+            layers = self._take()
         by_layer = [_squared_error(layers[name], taught_layers[name]) for name in layers]
         return torch.stack(
             [_squared_error(predicted, target), _squared_error(predicted, taught), torch.stack(by_layer).mean()]
         )
 
     def save(self, folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
-        """Write `tensors`, named as `named_parameters`, in the published layout."""
+        """Write `tensors`, named as `named_parameters`, in the published layout.
+
+        Raises:
+            JobFailed: it could not be written.
+        """
         layers: list[dict[str, Tensor]] = [{} for _ in self.shapes]
         for key, tensor in tensors.items():
             index, _, name = key.partition(".")
             layers[int(index)][name] = tensor.detach().to("cpu", dtype)
-        weights_files.save(folder, self.shapes, layers)
+        with writing(folder):
+            weights_files.save(folder, self.shapes, layers)
 
     def remove(self) -> None:
         """Leave the U-Net as it was."""
@@ -119,7 +134,10 @@ class LinFusionStudent:
 
     def _recorder(self, name: str) -> Any:
         def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._outputs[name] = output
+            # Gradient checkpointing calls the layers once more in the backward pass; kept, that would take the memory
+            # it saves.
+            if self._recording:
+                self._outputs[name] = output
 
         return record
 

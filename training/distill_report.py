@@ -16,6 +16,7 @@ from ..accel.swap import enabled
 from ..pipelines import save
 from ..pipelines.emoji_reference import psnr
 from .distill import Run
+from .distill_checkpoint import writing
 from .distill_drawing import draw
 from .distill_settings import TERMS
 
@@ -34,10 +35,15 @@ PACKAGES = ("attnswap", "torch", "diffusers", "transformers", "accelerate")
 
 
 def write_report(run: Run) -> dict[str, Any]:
-    """Write `report/` beside the weights; returns what is in its report.json."""
+    """Write `report/` beside the weights; returns what is in its report.json.
+
+    Raises:
+        JobFailed: it could not be written, or a picture came out black.
+    """
     folder = run.settings.output / "report"
-    folder.mkdir(parents=True, exist_ok=True)
-    loss_curves(run.losses).save(folder / "loss.png", optimize=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        loss_curves(run.losses).save(folder / "loss.png", optimize=True)
     report: dict[str, Any] = {
         "settings": dataclasses.asdict(run.settings) | {"output": str(run.settings.output)},
         **run.facts,
@@ -51,9 +57,11 @@ def write_report(run: Run) -> dict[str, Any]:
     if run.settings.report_pictures:
         captions = _spread(list(dict.fromkeys(run.captions)), run.settings.report_pictures)
         pairs = teacher_and_student(run, captions)
-        side_by_side(captions, *pairs).save(folder / "pictures.png", optimize=True)
+        with writing(folder):
+            side_by_side(captions, *pairs).save(folder / "pictures.png", optimize=True)
         report["psnr_to_teacher"] = round(psnr(*(np.stack([np.asarray(p) / 255 for p in part]) for part in pairs)), 2)
-    save.write_json(report, folder / "report.json")
+    with writing(folder):
+        save.write_json(report, folder / "report.json")
     return report
 
 
@@ -139,6 +147,7 @@ def _font(size: int) -> Any:
 
 
 def _shortened(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    text = " ".join(text.split())
     if pen.textlength(text, _font(15)) <= width:
         return text
     while text and pen.textlength(text + "…", _font(15)) > width:

@@ -22,9 +22,9 @@ class Settings:
 
     Attributes:
         model: bundled name, folder or Hub id of the teacher.
+        output: folder for the weights, the report and the checkpoint.
         data: a folder of pictures with captions, a text file of captions, or "captions" for those a bundled model
             comes with; from captions the teacher draws the pictures itself.
-        output: folder for the weights, the report and the checkpoint.
         size: side of the pictures in pixels; None is the model's own.
         steps, minutes: length of the run, earlier parts of a resumed one included; whichever ends first.
         batch: pictures a process takes at once.
@@ -41,8 +41,8 @@ class Settings:
     """
 
     model: str
-    data: str
     output: Path
+    data: str = CAPTIONS
     size: int | None = None
     steps: int | None = None
     minutes: float | None = None
@@ -75,9 +75,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise BadInput(f"{flag(name)} {value}: must be above 0.")
-        for name in ("workers", "report_pictures", "seed"):
+        for name in ("workers", "report_pictures"):
             if getattr(self, name) < 0:
                 raise BadInput(f"{flag(name)} {getattr(self, name)}: must not be below 0.")
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"--seed {self.seed} is out of range: 0 to 2^63 - 1.")
         if not 0 <= self.caption_dropout < 1:
             raise BadInput(f"--caption-dropout {self.caption_dropout}: must be from 0 up to, not including, 1.")
         if self.ema is not None and not 0 < self.ema < 1:

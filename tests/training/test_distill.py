@@ -11,13 +11,16 @@ import attnswap
 import pytest
 import torch
 from attnswap.pipelines import load
-from attnswap.training.distill import Run, distill
+from attnswap.pipelines.errors import BadInput, JobFailed
+from attnswap.training.distill import Run, _check_output, distill
+from attnswap.training.distill_checkpoint import Checkpoint
 from attnswap.training.distill_data import Order, Pictures, generator, loader, read_folder
 from attnswap.training.distill_inputs import InputMaker, Inputs
 from attnswap.training.distill_linfusion import LinFusionStudent
-from attnswap.training.distill_report import write_report
+from attnswap.training.distill_report import side_by_side, write_report
 from attnswap.training.distill_settings import TERMS, Settings
-from safetensors import safe_open
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 
@@ -139,6 +142,14 @@ class TestStudent:
         for plain, recomputed in zip(*found, strict=True):
             torch.testing.assert_close(plain, recomputed)
 
+    def test_gradient_checkpointing_keeps_nothing_it_recomputes(self, tiny_sdxl: Path, pictures: Path) -> None:
+        pipe = pipeline(tiny_sdxl)
+        inputs = inputs_of(pipe, pictures, 32)
+        student = LinFusionStudent(pipe.unet)
+        pipe.unet.enable_gradient_checkpointing()
+        losses(student, inputs).sum().backward()
+        assert student._outputs == {}
+
     @pytest.mark.parametrize(("mid", "widths"), [("C", {None}), ("C/4", {4}), ("5", {5})])
     def test_width_of_the_mlps(self, tiny_sd: Path, mid: str, widths: set[int | None]) -> None:
         student = LinFusionStudent(pipeline(tiny_sd).unet, mid=mid)
@@ -242,6 +253,74 @@ class TestRun:
         first, second = (load_file(s.output / "diffusion_pytorch_model.safetensors") for s in (settings, parted))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
+    def test_a_run_goes_on_after_a_cut_list_of_losses(self, settings: Settings) -> None:
+        settings = dataclasses.replace(settings, steps=2)
+        distill(settings)
+        listed = settings.output / "checkpoint" / "losses.jsonl"
+        listed.write_text(listed.read_text()[:-20])
+        said: list[str] = []
+        run = distill(dataclasses.replace(settings, steps=3, resume=True), say=said.append)
+        assert isinstance(run, Run)
+        assert [row["step"] for row in run.losses] == [1, 3]
+        assert any("1 of 2 steps are missing in the damaged losses.jsonl" in line for line in said)
+        assert [json.loads(line)["step"] for line in listed.read_text().splitlines()] == [1, 3]
+        write_report(run)
+
+    def test_a_run_killed_while_writing_goes_on(self, settings: Settings) -> None:
+        distill(dataclasses.replace(settings, steps=1))
+        (settings.output / ".config.json.77.part").write_text("{")
+        assert distill(dataclasses.replace(settings, steps=2, resume=True)) is not None
+
+    def test_a_run_keeps_its_number_of_processes(self, settings: Settings) -> None:
+        distill(dataclasses.replace(settings, steps=1))
+        checkpoint = Checkpoint(settings.output / "checkpoint")
+        with pytest.raises(BadInput, match="--resume: the number of processes was 1, not 2"):
+            _check_output(dataclasses.replace(settings, resume=True), checkpoint, 2)
+
+    def test_a_damaged_picture_costs_no_step(self, settings: Settings, pictures: Path) -> None:
+        examples = read_folder(pictures)
+        third = next(iter(Order(len(examples), 2, seed=0, start=2)))[0]
+        whole = examples[third].path.read_bytes()
+        examples[third].path.write_bytes(whole[:2000])
+        with pytest.raises(JobFailed, match=f"{examples[third].path.name} could not be read"):
+            distill(settings)
+        examples[third].path.write_bytes(whole)
+        run = distill(dataclasses.replace(settings, resume=True))
+        straight = distill(dataclasses.replace(settings, output=settings.output.parent / "straight"))
+        assert isinstance(run, Run)
+        assert isinstance(straight, Run)
+        assert run.losses == straight.losses
+
+    @pytest.mark.parametrize(
+        ("name", "named"),
+        [
+            ("checkpoint/state.safetensors", "state.safetensors"),
+            ("checkpoint/losses.jsonl", "losses.jsonl"),
+            ("diffusion_pytorch_model.safetensors", "out"),
+        ],
+    )
+    def test_what_cannot_be_written_is_named(self, settings: Settings, name: str, named: str) -> None:
+        (settings.output / "checkpoint").mkdir(parents=True)
+        (settings.output / name).mkdir()
+        with pytest.raises(JobFailed, match=f"{named} could not be written: Is a directory"):
+            distill(dataclasses.replace(settings, steps=1, resume=True))
+        assert not list(settings.output.rglob("*.part"))
+
+    def test_a_full_disk_is_one_line(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any) -> None:
+            raise SafetensorError("No space left on device")
+
+        monkeypatch.setattr("attnswap.training.distill_checkpoint.save_file", full)
+        with pytest.raises(JobFailed, match=r"state\.safetensors could not be written: No space left on device"):
+            distill(dataclasses.replace(settings, steps=1))
+
+    def test_a_report_that_cannot_be_written(self, settings: Settings) -> None:
+        run = distill(dataclasses.replace(settings, steps=1))
+        assert isinstance(run, Run)
+        (settings.output / "report" / "loss.png").mkdir(parents=True)
+        with pytest.raises(JobFailed, match="report could not be written: Is a directory"):
+            write_report(run)
+
     def test_what_is_written_can_be_used(self, settings: Settings, tiny: tuple[Path, int]) -> None:
         folder, _ = tiny
         settings = dataclasses.replace(settings, model=str(folder), steps=2)
@@ -294,8 +373,6 @@ class TestRun:
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
     def test_report_shows_curves_pictures_and_figures(self, settings: Settings) -> None:
-        from PIL import Image
-
         run = distill(settings)
         assert isinstance(run, Run)
         report = write_report(run)
@@ -308,3 +385,8 @@ class TestRun:
         for name in ("loss.png", "pictures.png"):
             with Image.open(folder / name) as image:
                 assert len(image.convert("RGB").getcolors(2**24)) > 10
+
+    def test_a_caption_of_several_lines_is_shown_as_one(self) -> None:
+        red = [Image.new("RGB", (32, 32), "red")]
+        one, two = (side_by_side([text], red, red).tobytes() for text in ("a fox in snow", "a fox\n in\tsnow\n"))
+        assert one == two

@@ -49,11 +49,15 @@ def test_from_a_folder_to_weights_and_report_and_on_from_there(
     assert json.loads((out / "report" / "report.json").read_text())["steps"] == 2
 
 
-def test_captions_are_drawn_by_the_teacher(tiny_sdxl: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_captions_are_drawn_by_the_teacher(
+    tiny_sdxl: Path, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "captions.txt").write_text("a fox\nan owl\n")
     out = tmp_path / "out"
     data = ("--data", tmp_path / "captions.txt", "--per-caption", "2")
-    assert distill("--model", tiny_sdxl, *data, "-o", out, *QUICK) == 0
+    assert distill("--model", tiny_sdxl, *data, "-o", out, *QUICK, "--mixed-precision", precision) == 0
+    assert ("float32: this one overflows" in capsys.readouterr().err) == (precision == "fp16")
     drawn = [json.loads(line) for line in (out / "data" / "metadata.jsonl").read_text().splitlines()]
     assert [entry["text"] for entry in drawn] == ["a fox", "a fox", "an owl", "an owl"]
     assert all((out / "data" / entry["file_name"]).is_file() for entry in drawn)
@@ -63,9 +67,9 @@ def test_a_bundled_model_brings_captions(tmp_path: Path) -> None:
     from attnswap.pipelines import load
     from attnswap.training import distill as module
 
-    settings = Settings(model="emoji-sd", data="captions", output=tmp_path, steps=1)
-    captions = module._source(settings, load.find("emoji-sd"))
-    assert isinstance(captions, list)
+    settings = Settings(model="emoji-sd", output=tmp_path, steps=1)
+    examples, captions = module._source(settings, load.find("emoji-sd"), False)
+    assert not examples
     assert len(captions) == 770
     assert captions[:2] == ["a fox", "a fox on a red background"]
 
@@ -74,10 +78,13 @@ def test_a_bundled_model_brings_captions(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--data", "none/here"), "no such folder or file, nor the word 'captions'"),
+        ((), "--data captions: "),
         (("--data", "captions"), "give a text file, one caption a line"),
         (("--data", "PICTURES", "--rate", "0"), "--rate 0.0: must be above 0"),
         (("--data", "PICTURES", "--steps", "-1"), "--steps -1: must be above 0"),
-        (("--data", "PICTURES", "--size", "33"), "--size 33: not a multiple of 4"),
+        (("--data", "PICTURES", "--size", "36"), "--size 36 is not a multiple of 8, which this model needs"),
+        (("--data", "PICTURES", "--seed", "-1"), "--seed -1 is out of range: 0 to 2^63 - 1"),
+        (("--data", "PICTURES", "--seed", str(2**63)), f"--seed {2**63} is out of range"),
         (("--data", "PICTURES", "--mid", "C/0"), "--mid C/0: write C, C/16 or a number"),
         (("--data", "PICTURES", "--mid", "C/64"), "--mid C/64: a layer has 32 channels"),
         (("--data", "PICTURES", "--ema", "1"), "--ema 1.0: must be between 0 and 1"),

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,22 @@ class TestFolder:
         with pytest.raises(BadInput, match=r"fox\.png is not a readable picture"):
             read_folder(tmp_path)
 
+    def test_a_mark_at_the_start_and_line_separators_inside_are_read(self, tmp_path: Path) -> None:
+        fox = picture(tmp_path / "fox.png")
+        entry = json.dumps({"file_name": "fox.png", "text": "a fox\u2028in snow"}, ensure_ascii=False)
+        (tmp_path / "metadata.jsonl").write_text(entry + "\r\n", encoding="utf-8-sig")
+        assert read_folder(tmp_path) == [Example(fox, "a fox\u2028in snow")]
+        (tmp_path / "metadata.jsonl").unlink()
+        fox.with_suffix(".txt").write_text("a fox", encoding="utf-8-sig")
+        assert read_folder(tmp_path) == [Example(fox, "a fox")]
+
+    @pytest.mark.parametrize("name", ["fox.txt", "metadata.jsonl"])
+    def test_text_that_is_not_utf8_names_the_file(self, tmp_path: Path, name: str) -> None:
+        picture(tmp_path / "fox.png")
+        (tmp_path / name).write_bytes("ein Käuzchen".encode("latin-1"))
+        with pytest.raises(BadInput, match=f"{name} is not a readable text file in UTF-8"):
+            read_folder(tmp_path)
+
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_damaged_picture_is_named_when_it_is_read(self, tmp_path: Path, workers: int) -> None:
         path = tmp_path / "fox.png"
@@ -120,6 +137,12 @@ class TestPictures:
         pictures = Pictures([Example(clear, "x"), Example(black, "y")], 8)
         assert (pictures[0]["pixels"] == 1).all()
         assert (pictures[1]["pixels"] == -1).all()
+
+    def test_grey_of_16_bits_keeps_its_range(self, tmp_path: Path) -> None:
+        grey = np.repeat(np.array([0, 32639, 65535], np.uint16), 3).reshape(3, 3)
+        Image.fromarray(grey).save(tmp_path / "grey.png")
+        pixels = Pictures([Example(tmp_path / "grey.png", "x")], 3)[0]["pixels"]
+        torch.testing.assert_close(pixels[0, :, 0], torch.tensor([0, 127, 255]) / 127.5 - 1)
 
     def test_orientation_of_a_photograph(self, tmp_path: Path) -> None:
         path = tmp_path / "p.jpg"
@@ -181,6 +204,18 @@ class TestDrawing:
         assert counts == [3]
         for path in whole.iterdir():
             assert (parted / path.name).read_bytes() == path.read_bytes()
+
+    @pytest.mark.parametrize(
+        ("colour", "flagged", "message"), [("black", False, "came out black"), ("red", True, "safety checker")]
+    )
+    def test_a_black_picture_is_no_data(self, tmp_path: Path, colour: str, flagged: bool, message: str) -> None:
+        def pipe(captions: list[str], **_: Any) -> Any:
+            pictures = [Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), colour)]
+            return SimpleNamespace(images=pictures, nsfw_content_detected=[False, flagged])
+
+        with pytest.raises(JobFailed, match=f"'an owl': .*{message}"):
+            draw_folder(pipe, ["a fox", "an owl"], tmp_path, Sampling(8), seed=0, batch=2)
+        assert not list(tmp_path.glob("*.png"))
 
     def test_a_folder_of_other_pictures_is_refused(self, pipe: Any, tmp_path: Path) -> None:
         draw_folder(pipe, ["a fox"], tmp_path, Sampling(32, 1, 2.0), seed=0, batch=1)
