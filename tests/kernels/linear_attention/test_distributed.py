@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -42,7 +44,9 @@ def attend(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_with_unequal_slices_equal_one_process(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(attend, (str(tmp_path),), nprocs=2)
+    # As a script: what a process of `multiprocessing` would import is not on its path.
+    ranks_running = [subprocess.Popen([sys.executable, __file__, rank, tmp_path]) for rank in ("0", "1")]
+    assert [process.wait(timeout=120) for process in ranks_running] == [0, 0]
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     qkv, mask = problem()
     whole = [x.requires_grad_() for x in qkv]
@@ -54,3 +58,7 @@ def test_two_ranks_with_unequal_slices_equal_one_process(tmp_path: Path) -> None
     for i, x in enumerate(whole):
         found = torch.cat([rank["gradients"][i] for rank in ranks], dim=1)
         torch.testing.assert_close(found, x.grad, atol=1e-6, rtol=0)
+
+
+if __name__ == "__main__":
+    attend(int(sys.argv[1]), sys.argv[2])
