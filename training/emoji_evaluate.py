@@ -19,7 +19,7 @@ def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     """The stock pipeline of the folder, without a progress bar."""
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

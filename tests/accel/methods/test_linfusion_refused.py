@@ -198,7 +198,7 @@ def test_quantised_projections_cannot_stand_in_for_weights(unet: nn.Module, tmp_
     [
         ({"weights": ""}, "weights must be"),
         ({"weights": 3}, "weights must be"),
-        ({"eps": 0}, "eps must be a positive number, got 0"),
+        ({"eps": 0}, "eps must be a positive number that float32 can hold, got 0"),
         ({"eps": float("nan")}, "eps must be"),
         ({"eps": True}, "eps must be"),
         ({"eps": "small"}, "eps must be"),
