@@ -120,8 +120,8 @@ def from_stock(attn: Any, mid: int | None = None) -> dict[str, Tensor]:
         base = getattr(module, "base_layer", module)
         if getattr(module, "merged", False):
             raise WeightsError(
-                f"a layer's own {name} cannot be taken over while {', '.join(module.merged_adapters)} is fused into it: "
-                "unfuse it first (unfuse_lora)"
+                f"a layer's own {name} cannot be taken over while {', '.join(module.merged_adapters)} is fused into "
+                "it: unfuse it first (unfuse_lora)"
             )
         if not base.weight.is_floating_point():
             raise WeightsError(f"a layer's own {name} cannot be taken over: its weights are {base.weight.dtype}")
