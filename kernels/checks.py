@@ -207,12 +207,13 @@ def linear_attention_apply(
 
 
 def counted_keys(count: int | Tensor, batch: int, device: torch.device) -> int | Tensor:
-    """A number of keys, at least 1, or int64 `[B]`."""
+    """A number of keys, at least 1, or int64 `[B]`; a tensor of one number, as an all-reduce leaves it, is for all."""
     if isinstance(count, Tensor):
-        if count.dtype != torch.int64 or count.shape != (batch,):
+        if count.dtype != torch.int64 or count.shape not in ((), (batch,)):
             raise ValueError(f"a count tensor must be int64 [batch] = [{batch}], got {count.dtype} {shape_of(count)}")
         if count.device != device:
             raise ValueError(f"count is on {count.device} but query is on {device}")
+        return count.expand(batch)
     elif not isinstance(count, (int, torch.SymInt)) or isinstance(count, bool):
         raise ValueError(f"count must be an integer or an int64 tensor [batch], got {count!r}")
     elif count < 1:

@@ -92,7 +92,8 @@ def linear_attention_apply(
 
     Args:
         query: `[B, Sq, H, D]`.
-        state, key_sum, count: as `linear_attention_state` returns them, or sums of such.
+        state, key_sum, count: as `linear_attention_state` returns them, or sums of such; a count may be a tensor of
+            one number, too.
         eps: as in `linear_attention`.
 
     Returns:
@@ -102,9 +103,10 @@ def linear_attention_apply(
         ValueError: as `linear_attention`.
     """
     call = checks.linear_attention_apply(query, state, key_sum, count, eps=eps)
-    if not isinstance(count, Tensor):
-        count = torch.full(query.shape[:1], count, dtype=torch.int64, device=query.device)
-    out: Tensor = _apply(query, state, key_sum, count, call["eps"])
+    keys = call["count"]
+    if not isinstance(keys, Tensor):
+        keys = torch.full(query.shape[:1], keys, dtype=torch.int64, device=query.device)
+    out: Tensor = _apply(query, state, key_sum, keys, call["eps"])
     return out
 
 

@@ -171,6 +171,13 @@ def test_state_and_apply_are_linear_attention_in_two_steps(backend, tensors):
     assert torch.equal(out, kernels.linear_attention(query, key, value))
 
 
+def test_a_count_of_one_number_is_for_every_sample_whether_an_integer_or_a_tensor(backend, tensors):
+    query, key, value = tensors(30, keys=45, batch=2, heads=2)
+    state, key_sum, count = kernels.linear_attention_state(key, value)
+    out = kernels.linear_attention_apply(query, state, key_sum, torch.tensor(count))
+    assert torch.equal(out, kernels.linear_attention_apply(query, state, key_sum, count))
+
+
 def test_the_state_of_masked_keys_has_a_count_for_each_sample(backend, tensors):
     query, key, value = tensors(20, batch=2)
     mask = torch.arange(20)[None] < torch.tensor([[20], [7]])
