@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 12
 BLACKED_OUT = "the model's safety checker has blacked the picture out. Try another --seed or prompt."
 
 
@@ -17,8 +18,9 @@ class JobFailed(RuntimeError):
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """' Did you mean …?' with the names most like `name`, else all that there are."""
+    """' Did you mean …?' with the names most like `name`, else those that there are, a dozen at most."""
     known = sorted(known)
     if matches := difflib.get_close_matches(name, known, n=3, cutoff=0.5):
         return f" Did you mean {' or '.join(matches)}?"
-    return f" There are: {', '.join(known)}." if known else ""
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return f" There are: {', '.join(known[:SHOWN])}{more}." if known else ""
