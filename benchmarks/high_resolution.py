@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def page_section(result: dict[str, Any], images: str) -> str:
     return "\n".join(lines)
 
 
-def write_page(page: Path, section: str, name: str = "measured") -> None:
+def write_page(page: Path, section: str, name: str) -> None:
     """Put the section between the page's two marks of this name."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = page.read_text(encoding="utf-8")
@@ -156,24 +157,35 @@ def write_page(page: Path, section: str, name: str = "measured") -> None:
     page.write_text(f"{head}{begin}\n{section}\n{end}{tail}", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="emoji-sd")
-    parser.add_argument("--factors", type=int, nargs="+", default=[2, 4], help="sides, as multiples of the native one")
-    parser.add_argument("--prompts", type=int, default=40)
-    parser.add_argument("--steps", type=int)
+def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--pictures", type=Path, required=True, help="folder for the contact sheets")
     parser.add_argument("--page", type=Path, help="page whose measured part is written anew")
-    arguments = parser.parse_args()
-    result = measure(arguments.model, arguments.factors, arguments.prompts, arguments.steps)
+
+
+def publish(
+    result: dict[str, Any], arguments: argparse.Namespace, section: Callable[[dict[str, Any], str], str], name: str
+) -> None:
+    """Write what `add_outputs` asks for: contact sheets, JSON, and the part of a page between the marks `name`."""
     arguments.pictures.mkdir(parents=True, exist_ok=True)
     for side, rows in result["sizes"].items():
         contact_sheet(rows).save(arguments.pictures / f"{arguments.json.stem}-{side}.png", optimize=True)
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.page:
         relative = f"{arguments.pictures.name}/{arguments.json.stem}"
-        write_page(arguments.page, page_section(json.loads(arguments.json.read_text()), relative))
+        write_page(arguments.page, section(json.loads(arguments.json.read_text()), relative), name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="emoji-sd")
+    parser.add_argument("--factors", type=int, nargs="+", default=[2, 4], help="sides, as multiples of the native one")
+    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--steps", type=int)
+    add_outputs(parser)
+    arguments = parser.parse_args()
+    result = measure(arguments.model, arguments.factors, arguments.prompts, arguments.steps)
+    publish(result, arguments, page_section, "measured")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from ..pipelines import load, presets
 from ..pipelines.emoji_reference import Reference, caption, judge, sample_captions
 from ..pipelines.generate import generate, versions
 from ..pipelines.job import Job
-from .high_resolution import SHOWN, contact_sheet, reduced, write_page
+from .high_resolution import SHOWN, add_outputs, publish, reduced
 
 VARIANTS = ("direct", "direct+hidiffusion", "ladder", "superres", "superres-ladder")
 
@@ -140,18 +140,10 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), metavar="ROUTE[+METHOD]")
     parser.add_argument("--factors", type=int, nargs="+", default=[2, 4], help="sides, as multiples of the native one")
     parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--pictures", type=Path, required=True, help="folder for the contact sheets")
-    parser.add_argument("--page", type=Path, help="page whose measured part is written anew")
+    add_outputs(parser)
     arguments = parser.parse_args()
     result = measure(arguments.model, arguments.factors, arguments.prompts, arguments.variants)
-    arguments.pictures.mkdir(parents=True, exist_ok=True)
-    for side, rows in result["sizes"].items():
-        contact_sheet(rows).save(arguments.pictures / f"{arguments.json.stem}-{side}.png", optimize=True)
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.page:
-        relative = f"{arguments.pictures.name}/{arguments.json.stem}"
-        write_page(arguments.page, page_section(json.loads(arguments.json.read_text()), relative), "routes")
+    publish(result, arguments, page_section, "routes")
 
 
 if __name__ == "__main__":

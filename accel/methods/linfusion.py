@@ -61,12 +61,10 @@ class LinFusion(Config):
 
 @dataclass
 class LinearPlan:
-    """Linear attention in a layer: its cost is that of `pairs` query-key pairs an image."""
+    """Linear attention in a layer, in one call: its cost is that of `pairs` query-key pairs an image."""
 
-    grid: tuple[int, ...]
     pairs: int
     around: bool = False
-    backend: str | None = None
 
 
 class LinFusionStrategy(Strategy):
@@ -81,7 +79,6 @@ class LinFusionStrategy(Strategy):
         self.attention: dict[str, Any] = {}
         self.shapes: list[weights_files.LayerShape] = []
         self._tensors: list[dict[str, Tensor]] = []
-        self._plans: dict[str, LinearPlan] = {}
         #: False: every layer runs as stock, bit for bit, as the teacher of a distillation does.
         self.active = True
 
@@ -137,28 +134,19 @@ class LinFusionStrategy(Strategy):
         for attn in self.attention.values():
             attn._modules.pop(CHILD, None)
         _renew_group_offloading(self.model)
-        self.reset()
-
-    def reset(self) -> None:
-        self._plans = {}
 
     # Each call.
 
     def begin(self, call: Call, layouts: Mapping[str, Layout]) -> None:
+        if not self.active:
+            return
         for name in self.layers:
-            layout = layouts[name]
-            if not self.active:
-                continue
+            layout, attn = layouts[name], self.attention[name]
             if not layout.grid:
                 self.context.recorder.note(f"{name} ran dense: its place in the U-Net tells no grid", warn=True)
                 continue
-            plan = self._plans.get(name)
-            if plan is None or plan.grid != layout.grid:
-                attn = self.attention[name]
-                # phi(K)^T V and phi(Q) S cost as much a token as the scores and the sum of d keys.
-                pairs = math.prod(layout.grid) * (attn.to_v.out_features // attn.heads)
-                plan = self._plans[name] = LinearPlan(layout.grid, pairs)
-            layout.plan = plan
+            # phi(K)^T V and phi(Q) S cost as much a token as the scores and the sum of d keys.
+            layout.plan = LinearPlan(math.prod(layout.grid) * (attn.to_v.out_features // attn.heads))
 
     def project(
         self, attn: nn.Module, hidden_states: Tensor, stock: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -168,9 +156,8 @@ class LinFusionStrategy(Strategy):
         return query, key, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, context: Context) -> Tensor:
-        if not torch.compiler.is_compiling() and layout.plan.backend is None:
-            layout.plan.backend = kernels.explain("linear_attention", query, key, value).backend
-            context.recorder.ran_on(layout.layer, layout.plan.backend)
+        if not torch.compiler.is_compiling():
+            context.recorder.ran_on(layout.layer, kernels.explain("linear_attention", query, key, value).backend)
         return kernels.linear_attention(query, key, value, eps=self.config.eps)
 
     def output(self, attn: nn.Module, attended: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:

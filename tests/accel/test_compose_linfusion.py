@@ -342,3 +342,13 @@ def test_windows_that_gave_way_are_not_said_to_run(tmp_path: Path) -> None:
         sample(pipe, steps=1)
     [run] = handle.report().to_dict()["denoisers"][0]["runs"]
     assert run["state"] == "nothing: windows gave way"
+
+
+def test_the_report_names_the_backend_of_the_latest_run(tmp_path: Path) -> None:
+    pipe = slim("sd15")
+    with attnswap.enabled(pipe, cases.linfusion(tmp_path, pipe.unet)) as handle:
+        sample(pipe, steps=1)
+        assert {x["backend"] for x in layers(handle).values()} == {"eager"}
+        with attnswap.kernels.use_backend("reference"):
+            sample(pipe, steps=1)
+        assert {x["backend"] for x in layers(handle).values()} == {"reference"}
