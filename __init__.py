@@ -26,6 +26,7 @@ _HOME = {
     "Inspection": "accel.report",
     "Report": "accel.report",
     "methods": "accel.methods",
+    "Clear": "accel.methods.clear",
     "HiDiffusion": "accel.methods.hidiffusion",
     "LinFusion": "accel.methods.linfusion",
     "UnsupportedModel": "accel.errors",
@@ -35,6 +36,7 @@ _HOME = {
 
 __all__ = [
     "AttnswapWarning",
+    "Clear",
     "Handle",
     "HiDiffusion",
     "Inspection",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from . import kernels
     from .accel.errors import AttnswapWarning, UnsupportedModel, WeightsError
     from .accel.methods import methods
+    from .accel.methods.clear import Clear
     from .accel.methods.hidiffusion import HiDiffusion
     from .accel.methods.linfusion import LinFusion
     from .accel.report import Inspection, Report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 from torch import nn
 
 from .context import Clock, Context
-from .families import family_of
-from .families.base import Layout, Slot, attention_layers
+from .errors import UnsupportedModel
+from .families import FAMILIES, family_of
+from .families.base import Family, Layout, NoGrid, Place, Slot, attention_layers
+from .families.parallel import ContextParallel
 from .methods import STRATEGIES
 from .methods.base import Config, Strategy
 from .observe import Call, Observer
@@ -46,6 +47,7 @@ class Installation:
         self.family = family_of(model)
         self._pipeline_schedule: Any = None
         names = tuple(config.name for config in configs)
+        _check_kind(model, self.family, names)
         config = configs[0].to_dict() if len(configs) == 1 else {c.name: c.to_dict() for c in configs}
         self.recorder = Recorder(type(model).__name__, names, config)
         self.context = Context(clock, self.recorder, self._schedule)
@@ -53,6 +55,7 @@ class Installation:
             STRATEGIES[config.name](config, model, self.family, self.context, pipeline) for config in configs
         ]
         self.slots = self._plan(attention_layers(model))
+        self._places = self.family.places(model)
         self._pipeline = pipeline
         self._entry = entry
         self._observer: Observer | None = None
@@ -145,7 +148,7 @@ class Installation:
 
     def _occupy(self, slot: Slot, *, put: bool = True) -> Slot:
         """Give a slot a processor of its own, so that each keeps the original it stands for."""
-        slot.processor = self.family.processor()
+        slot.processor = self.family.make_processor(slot.module)
         slot.processor.slot = slot
         if _names(slot.original) - _names(slot.processor):
             # `Attention.forward` hands on those arguments only that the signature of `processor.__call__` names.
@@ -158,17 +161,24 @@ class Installation:
         if not self._arm():
             return
         self.recorder.denoiser_calls += 1
+        if (parallel := ContextParallel.of(self.model)) is not None:
+            exchanged = f"accelerated layers exchange heads for tokens over {parallel.ranks} ranks"
+            self.recorder.remarks["parallel"] = f"context parallel: {exchanged}"
         layouts = {name: slot.layout for name, slot in self.slots.items()}
-        grids = self.family.grids(self.model, self.family.size(call.arguments))
+        try:
+            places = self._places(call.arguments)
+        except NoGrid as why:
+            places = {}
+            self.recorder.note(f"a call ran dense: {why}", warn=True)
         for name, layout in layouts.items():
-            layout.grid, layout.plan = grids.get(name, ()), None
+            layout.place, layout.plan = places.get(name, Place()), None
         # Those that change the size of the maps come first, so that the others plan for what will be there.
         for strategy in sorted(self.strategies, key=lambda strategy: not strategy.resizes):
             strategy.begin(call, layouts)
         for name, slot in self.slots.items():
             in_graph = call.compiled or self._block_of(name)._compiled_call_impl is not None
             if in_graph and slot.layout.plan is not None:
-                dense = math.prod(slot.layout.grid) ** 2
+                dense = slot.layout.place.tokens**2
                 pairs = slot.layout.plan.pairs
                 self.recorder.plan(name, pairs=call.batch * pairs, dense_pairs=call.batch * dense)
 
@@ -208,6 +218,17 @@ class Installation:
                     self.recorder.note(f"{type(current).__name__} was put in place of a processor and is now wrapped")
                 self.slots[name] = self._occupy(replace(slot, original=current))
         return True
+
+
+def _check_kind(model: nn.Module, family: Family, methods: Sequence[str]) -> None:
+    for method in methods:
+        if family.kind not in STRATEGIES[method].kinds:
+            fitting = [name for name, strategy in STRATEGIES.items() if family.kind in strategy.kinds]
+            models = [known.model_class for known in FAMILIES if known.kind in STRATEGIES[method].kinds]
+            raise UnsupportedModel(
+                f"{method} does not work on {type(model).__name__}, which takes {', '.join(fitting)}; "
+                f"{method} works on {', '.join(models)}"
+            )
 
 
 def _names(processor: Any) -> set[str]:

@@ -9,6 +9,7 @@ if __name__ != "kernels":
     # A sub-package and its function share a name: `kernels.window_attention` is the function, while
     # `from attnswap.kernels.window_attention import ...` still reaches the sub-package.
     from .linear_attention import linear_attention, linear_attention_apply, linear_attention_state
+    from .local_attention import local_attention, pool_tokens
     from .window_attention import window_attention
 
     __all__ = [
@@ -17,7 +18,9 @@ if __name__ != "kernels":
         "linear_attention",
         "linear_attention_apply",
         "linear_attention_state",
+        "local_attention",
         "ops",
+        "pool_tokens",
         "use_backend",
         "window_attention",
     ]

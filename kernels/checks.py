@@ -133,13 +133,15 @@ def window_attention(
     }
 
 
-def key_value_tensors(key: Tensor, value: Tensor) -> None:
-    """`key` and `value` are `[B, N, H, D]`, alike in shape, dtype and device, with at least one key."""
-    for name, tensor in (("key", key), ("value", value)):
+def key_value_tensors(key: Tensor, value: Tensor, key_name: str = "key", value_name: str = "value") -> None:
+    """Key and value are `[B, N, H, D]`, alike in shape, dtype and device, with at least one key."""
+    for name, tensor in ((key_name, key), (value_name, value)):
         heads_last_tensor(name, tensor)
     if key.shape != value.shape:
-        raise ValueError(f"key is {shape_of(key)} but value is {shape_of(value)}; the shapes must be equal")
-    same_dtype_and_device("key", key, "value", value)
+        raise ValueError(
+            f"{key_name} is {shape_of(key)} but {value_name} is {shape_of(value)}; the shapes must be equal"
+        )
+    same_dtype_and_device(key_name, key, value_name, value)
 
 
 def positive_eps(eps: float) -> float:
@@ -148,6 +150,11 @@ def positive_eps(eps: float) -> float:
     if not isinstance(eps, (int, float)) or not smallest <= eps < float("inf"):
         raise ValueError(f"eps must be finite and at least {smallest:.3g}, the smallest normal fp32, got {eps}")
     return float(eps)
+
+
+def process_group(group: torch.distributed.ProcessGroup | None) -> None:
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise ValueError(f"group must be a torch.distributed process group of this rank, got {group!r}")
 
 
 def linear_attention(
@@ -167,8 +174,7 @@ def linear_attention(
         raise ValueError(
             f"query is {shape_of(query)} but key is {shape_of(key)}; batch, heads and head_dim must be equal"
         )
-    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
-        raise ValueError(f"group must be a torch.distributed process group of this rank, got {group!r}")
+    process_group(group)
     return {"query": query, **sums, "eps": positive_eps(eps)}
 
 
@@ -219,3 +225,83 @@ def counted_keys(count: int | Tensor, batch: int, device: torch.device) -> int |
     elif count < 1:
         raise ValueError(f"count must be at least 1 key, got {count}")
     return count
+
+
+def token_grid(tokens: int, grid: Sequence[int], grid_offset: int) -> tuple[tuple[int, int], int]:
+    """A grid that lies within `tokens` tokens, from the token `grid_offset` on."""
+    height, width = int_pair("grid", grid, minimum=1)
+    if not isinstance(grid_offset, (int, torch.SymInt)) or isinstance(grid_offset, bool) or grid_offset < 0:
+        raise ValueError(f"grid_offset must be an integer and not negative, got {grid_offset!r}")
+    if grid_offset + height * width > tokens:
+        raise ValueError(
+            f"grid {height}x{width} at token {grid_offset} ends at token {grid_offset + height * width}, "
+            f"but there are {tokens}"
+        )
+    return (height, width), grid_offset
+
+
+def radius_of_circle(radius: float) -> float:
+    """A radius in tokens, at least 1."""
+    number = isinstance(radius, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(radius, bool)
+    if not number or not 1 <= radius < float("inf"):
+        raise ValueError(f"radius must be a finite number of tokens and at least 1, got {radius!r}")
+    return float(radius)
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: Sequence[int],
+    radius: float,
+    grid_offset: int = 0,
+    pooled_key: Tensor | None = None,
+    pooled_value: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Normal form of `kernels.local_attention`; the group is for the caller alone."""
+    process_group(group)
+    self_attention_tensors(query, key, value)
+    batch, tokens, _, head_dim = query.shape
+    grid, grid_offset = token_grid(tokens, grid, grid_offset)
+    if (pooled_key is None) != (pooled_value is None):
+        given, missing = ("pooled_key", "pooled_value") if pooled_value is None else ("pooled_value", "pooled_key")
+        raise ValueError(f"{given} is given without {missing}")
+    if pooled_key is not None and pooled_value is not None:
+        key_value_tensors(pooled_key, pooled_value, "pooled_key", "pooled_value")
+        same_dtype_and_device("query", query, "pooled_key", pooled_key)
+        if pooled_key.shape[0] != batch or pooled_key.shape[2:] != query.shape[2:]:
+            raise ValueError(
+                f"query is {shape_of(query)} but pooled_key is {shape_of(pooled_key)}; "
+                "batch, heads and head_dim must be equal"
+            )
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "grid": grid,
+        "grid_offset": grid_offset,
+        "radius": radius_of_circle(radius),
+        "scale": scale_or_default(scale, head_dim),
+        "pooled_key": pooled_key,
+        "pooled_value": pooled_value,
+        "key_mask": key_mask_tensor(key_mask, batch, tokens, query.device),
+    }
+
+
+def pooling(x: Tensor, weights: Tensor, grid: Sequence[int], grid_offset: int) -> tuple[tuple[int, int], int, int]:
+    """The grid, its first token and the side of a cell, of `kernels.pool_tokens`."""
+    heads_last_tensor("x", x)
+    (height, width), grid_offset = token_grid(x.shape[1], grid, grid_offset)
+    if not isinstance(weights, Tensor) or weights.dim() != 2 or weights.shape[0] != weights.shape[1]:
+        got = shape_of(weights) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"weights must be a tensor [s, s], got {got}")
+    if not weights.is_floating_point() or weights.device != x.device:
+        raise ValueError(f"weights must be floating point and on {x.device}, got {weights.dtype} on {weights.device}")
+    cell = weights.shape[0]
+    if cell == 0 or height % cell or width % cell:
+        raise ValueError(f"a grid of {height}x{width} tokens cannot be cut into cells of {cell}x{cell}")
+    return (height, width), grid_offset, cell

@@ -6,9 +6,14 @@ from torch import nn
 
 from ..errors import UnsupportedModel
 from .base import Family
+from .flux import FLUX
+from .flux2 import FLUX2
+from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3
 from .unet import UNET
+from .z_image import Z_IMAGE
 
-FAMILIES: tuple[Family, ...] = (UNET,)
+FAMILIES: tuple[Family, ...] = (UNET, SD3, FLUX, FLUX2, QWEN_IMAGE, Z_IMAGE)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import (
 )
 from torch import Tensor
 
-from .base import Family, Slot
+from .base import Family, Place, Places, Slot
 
 Size = tuple[int, int]
 
@@ -56,9 +56,9 @@ class UNetAttnProcessor(AttnProcessor2_0):
         rest = (temb, *args) if args or temb is not None else ()
         plan = slot.layout.plan
         if plan is None or not _fits(slot, attn, hidden_states, encoder_hidden_states, attention_mask):
-            slot.count(hidden_states, None)
+            _count(slot, hidden_states, None)
             return slot.original(attn, hidden_states, encoder_hidden_states, attention_mask, *rest, **kwargs)
-        slot.count(hidden_states, plan.pairs)
+        _count(slot, hidden_states, plan.pairs)
         strategy = slot.strategy
         if strategy.wraps and (plan.around or attention_mask is not None or not _is_plain(attn, slot.original, _STOCK)):
 
@@ -68,8 +68,19 @@ class UNetAttnProcessor(AttnProcessor2_0):
             return strategy.around(run, hidden_states, attention_mask, slot.layout)
         fused = isinstance(slot.original, FusedAttnProcessor2_0)
         query, key, value = strategy.project(attn, hidden_states, partial(project, attn, fused=fused))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
         attended = strategy.attend(query, key, value, slot.layout, slot.context)
         return finish(attn, strategy.output(attn, attended.flatten(-2), attn.to_out[0]), hidden_states)
+
+
+def _count(slot: Slot, hidden_states: Tensor, pairs: int | None) -> None:
+    if hidden_states.ndim == 4:
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+    batch, tokens = hidden_states.shape[:2]
+    slot.count(batch, tokens, pairs)
 
 
 def project(attn: Attention, hidden_states: Tensor, *, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,10 +93,6 @@ def project(attn: Attention, hidden_states: Tensor, *, fused: bool) -> tuple[Ten
     else:
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
     query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))
-    if attn.norm_q is not None:
-        query = attn.norm_q(query)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
     return query, key, value
 
 
@@ -141,15 +148,19 @@ def is_exchangeable(processor: object) -> bool:
     return type(processor) in (*_EQUIVALENT, UNetAttnProcessor)
 
 
-def layer_grids(unet: Any, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Grid of each transformer block's self-attention for a latent of `size`."""
-    return sizes_by_layer(unet, unet_sizes(unet, (size[0], size[1])))
+def layer_places(unet: Any) -> Places:
+    """Tells the place of each transformer block's self-attention in a U-Net call."""
+    return partial(_layer_places, unet)
 
 
-def sizes_by_layer(unet: Any, sizes: UNetSizes) -> dict[str, tuple[int, ...]]:
+def _layer_places(unet: Any, arguments: dict[str, Any]) -> dict[str, Place]:
+    return places_by_layer(unet, unet_sizes(unet, latent_size(arguments)))
+
+
+def places_by_layer(unet: Any, sizes: UNetSizes) -> dict[str, Place]:
     """`sizes.transformers` spread over the self-attention layers inside them."""
     return {
-        f"{name}.transformer_blocks.{block}.attn1": size
+        f"{name}.transformer_blocks.{block}.attn1": Place(size)
         for name, size in sizes.transformers.items()
         for block in range(len(getattr(unet.get_submodule(name), "transformer_blocks", ())))
     }
@@ -158,11 +169,11 @@ def sizes_by_layer(unet: Any, sizes: UNetSizes) -> dict[str, tuple[int, ...]]:
 UNET = Family(
     name="Stable Diffusion U-Net",
     model_class="UNet2DConditionModel",
+    kind="unet",
     self_attention=is_self_attention,
     processor=UNetAttnProcessor,
     exchangeable=is_exchangeable,
-    size=latent_size,
-    grids=layer_grids,
+    places=layer_places,
 )
 
 

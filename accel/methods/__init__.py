@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 
 from .base import Config, Strategy
+from .clear import Clear, ClearStrategy
 from .hidiffusion import HiDiffusion, HiDiffusionStrategy
 from .linfusion import LinFusion, LinFusionStrategy
 
-CONFIGS: dict[str, type[Config]] = {config.name: config for config in (HiDiffusion, LinFusion)}
+CONFIGS: dict[str, type[Config]] = {config.name: config for config in (Clear, HiDiffusion, LinFusion)}
 STRATEGIES: dict[str, type[Strategy]] = {
+    Clear.name: ClearStrategy,
     HiDiffusion.name: HiDiffusionStrategy,
     LinFusion.name: LinFusionStrategy,
 }

@@ -22,6 +22,18 @@ class Config:
     """Base of the frozen dataclasses that configure a method; checked on construction."""
 
     name: ClassVar[str]
+    #: Settings for pictures larger than the model was trained for, with the values that leave them off.
+    for_large: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def grid_multiple(self) -> int:
+        """Tokens of which both sides of a picture must be multiples."""
+        return 1
+
+    @property
+    def for_native_size(self) -> bool:
+        """Whether it is of use where a route makes its base, a picture of the size the model was trained for."""
+        return True
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON document from which `from_dict` makes an equal configuration."""
@@ -70,6 +82,8 @@ class Strategy(abc.ABC):
         pipeline: the pipeline that was enabled, if it was one; not to be kept.
     """
 
+    #: The kinds of model (`Family.kind`) it works on.
+    kinds: ClassVar[frozenset[str]]
     #: Names of methods that may be enabled together with this one, and then take the layers that both select.
     yields_to: ClassVar[frozenset[str]] = frozenset()
     #: Whether it can act around a processor that must be kept (`around`), or honour an attention mask that way.
@@ -124,12 +138,26 @@ class Strategy(abc.ABC):
     def project(
         self, attn: nn.Module, hidden_states: Tensor, stock: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value `[B, S, H, D]` in a layer with a plan; `stock` makes them with its own weights."""
+        """Query, key and value `[B, S, H, D]` of the image tokens, before norms and rotary positions, in a layer with a
+        plan; `stock` makes them with the layer's own weights."""
         return stock(hidden_states)
 
     @abc.abstractmethod
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, context: Context) -> Tensor:
-        """Attention `[B, S, H, D]` of a layer that has a plan."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        context: Context,
+        *,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attention `[B, S, H, D]` of a layer that has a plan.
+
+        `key_mask` is bool `[B, S]`, True for keys that may be attended to (text of uneven length is padded). Only
+        families of transformers give one.
+        """
 
     def output(self, attn: nn.Module, attended: Tensor, stock: Callable[[Tensor], Tensor]) -> Tensor:
         """The output projection of `[B, S, C]`; `stock` makes it with the layer's own weights."""

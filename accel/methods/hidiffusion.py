@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import kernels
-from ...kernels.window_attention import from_windows, to_windows, window_groups
+from ...kernels.window_attention import window_groups
 from ..context import Context
 from ..families import unet_seams as seams
-from ..families.base import Family, Layout
-from ..families.unet import Size, UNetSizes, sizes_by_layer, unet_sizes
+from ..families.base import Family, Layout, Place
+from ..families.unet import Size, UNetSizes, latent_size, places_by_layer, unet_sizes
 from ..observe import Call, forget_cached_features
 from . import hidiffusion_schedule as schedule
 from .base import Config, Strategy
 from .hidiffusion_structure import Structure, structure_of
+from .hidiffusion_windows import WindowPlan, run_in_windows, whole_windows
 
 ShiftRule = Callable[[int, str], int]
 
@@ -117,22 +117,11 @@ class HiDiffusion(Config):
         return document
 
 
-@dataclass
-class WindowPlan:
-    """What a windowed layer does in one call: shift in tokens, on the CPU for a compiler to see as data."""
-
-    windows: tuple[int, int]
-    shift: tuple[int, int]
-    shift_tensor: Tensor
-    pairs: int
-    around: bool
-    backend: str | None = None
-
-
 class HiDiffusionStrategy(Strategy):
     """HiDiffusion at work on one U-Net."""
 
     config: HiDiffusion
+    kinds: ClassVar[frozenset[str]] = frozenset({"unet"})
     yields_to: ClassVar[frozenset[str]] = frozenset({"linfusion"})
     wraps: ClassVar[bool] = True
     resizes: ClassVar[bool] = True
@@ -208,8 +197,7 @@ class HiDiffusionStrategy(Strategy):
     # Each call.
 
     def begin(self, call: Call, layouts: Mapping[str, Layout]) -> None:
-        size = self.family.size(call.arguments)
-        assert len(size) == 2
+        size = latent_size(call.arguments)
         self._conv_on = self._pool_on = False
         if not self._is_active(size):
             self._record(size, None, "inactive: native size")
@@ -227,9 +215,9 @@ class HiDiffusionStrategy(Strategy):
         if sizes != self._sizes:
             self._sizes = sizes
             forget_cached_features(self.model)
-        grids = sizes_by_layer(self.model, sizes)
+        places = places_by_layer(self.model, sizes)
         for name, layout in layouts.items():
-            layout.grid = grids.get(name, ())
+            layout.place = places.get(name, Place())
             if layout.grid and name in self.layers:
                 layout.plan = self._window_plan(name.removesuffix(".attn1"), layout.grid)
         controls = ("down_block_additional_residuals", "mid_block_additional_residual")
@@ -240,7 +228,16 @@ class HiDiffusionStrategy(Strategy):
         if changed := seams.fit_residuals(call, sizes):
             self.context.recorder.note(f"{changed} ControlNet or adapter residuals resized to the maps of this step")
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, context: Context) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        context: Context,
+        *,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
         plan: WindowPlan = layout.plan
         grid = layout.grid
         if torch.compiler.is_compiling():
@@ -260,22 +257,8 @@ class HiDiffusionStrategy(Strategy):
         mask: Tensor | None,
         layout: Layout,
     ) -> Tensor:
-        plan: WindowPlan = layout.plan
-        grid = layout.grid
         self.context.recorder.ran_on(layout.layer, "original processor in windows")
-        if plan.around:
-            resized_to: tuple[int, ...] = _even(grid, plan.windows)
-            hidden_states = _resize_tokens(hidden_states, grid, resized_to)
-            mask = None if mask is None else _resize_tokens(mask.transpose(1, 2), grid, resized_to).transpose(1, 2)
-        else:
-            resized_to = grid
-        parts = to_windows(hidden_states, resized_to, plan.windows, plan.shift)
-        masks: list[Tensor | None] = [None] * len(parts)
-        if mask is not None:
-            keys = to_windows(mask.transpose(1, 2), resized_to, plan.windows, plan.shift)
-            masks = [part.transpose(1, 2) for part in keys]
-        out = [run(part, part_mask) for part, part_mask in zip(parts, masks, strict=True)]
-        return _resize_tokens(from_windows(out, resized_to, plan.windows, plan.shift), resized_to, grid)
+        return run_in_windows(run, hidden_states, mask, layout.grid, layout.plan)
 
     def _is_active(self, size: Size) -> bool:
         native_height, native_width = self.structure.native_size
@@ -305,7 +288,7 @@ class HiDiffusionStrategy(Strategy):
                 f"{block} ran dense: a {grid[0]}x{grid[1]} grid has no {rows}x{columns} windows", warn=True
             )
             return None
-        even = _even(grid, self.config.windows)
+        even = whole_windows(grid, self.config.windows)
         resize = self.config.odd_grids == "resize" and even != grid
         if resize:
             self.context.recorder.note(
@@ -343,7 +326,7 @@ class HiDiffusionStrategy(Strategy):
         """Run the ControlNet near its trained size, and after its last step on next to nothing."""
         pipeline_schedule, steps = self.context.schedule()
         self.context.clock.tick(call.timestep, schedule=pipeline_schedule, steps=steps)
-        height, width = self.family.size(call.arguments)
+        height, width = latent_size(call.arguments)
         if not self._is_active((height, width)):
             return
         if self._controlnet_has_ended():
@@ -374,19 +357,6 @@ class HiDiffusionStrategy(Strategy):
             self._counted.add(clock.step)
             runs[-1]["conv_steps"] += self._conv_on
             runs[-1]["pool_steps"] += self._pool_on
-
-
-def _even(grid: tuple[int, ...], windows: tuple[int, int]) -> Size:
-    """The grid enlarged to whole windows: ceil(side / windows) * windows."""
-    return tuple(-(-side // count) * count for side, count in zip(grid, windows, strict=True))  # type: ignore[return-value]
-
-
-def _resize_tokens(tokens: Tensor, grid: tuple[int, ...], to: tuple[int, ...]) -> Tensor:
-    """`[B, h * w, C]` tokens as a picture, resized bicubically."""
-    if tuple(grid) == tuple(to):
-        return tokens
-    picture = tokens.transpose(1, 2).unflatten(2, tuple(grid))
-    return F.interpolate(picture, size=tuple(to), mode="bicubic").flatten(2).transpose(1, 2)
 
 
 def _is_int(value: object) -> bool:

@@ -20,6 +20,7 @@ from ..observe import Call
 from . import linfusion_weights as weights_files
 from .base import Config, Strategy
 from .linfusion_layer import CHILD, LinFusionLayer, from_stock
+from .replacement import renew_group_offloading
 
 AUTO = "auto"
 # Reported with the published code, whose linear attention overflows in fp16; whether more does is not known.
@@ -71,6 +72,7 @@ class LinFusionStrategy(Strategy):
     """LinFusion at work on one U-Net."""
 
     config: LinFusion
+    kinds: ClassVar[frozenset[str]] = frozenset({"unet"})
 
     def __init__(
         self, config: LinFusion, model: nn.Module, family: Family, context: Context, pipeline: Any = None
@@ -121,11 +123,10 @@ class LinFusionStrategy(Strategy):
 
     def install(self, *, passive: bool) -> None:
         for attn, tensors in zip(self.attention.values(), self._tensors, strict=True):
-            where, dtype = self._place_of(attn)
-            attn.add_module(CHILD, LinFusionLayer({name: x.to(where, dtype) for name, x in tensors.items()}))
+            attn.add_module(CHILD, LinFusionLayer.beside(attn, tensors, self.model))
         self._tensors = []
-        _renew_group_offloading(self.model)
-        if self.source == _FP16_UNSTABLE and dtype == torch.float16:
+        renew_group_offloading(self.model)
+        if self.source == _FP16_UNSTABLE and getattr(self.model, "dtype", None) == torch.float16:
             self.context.recorder.note(f"{_FP16_UNSTABLE} is reported unstable in float16: use bfloat16", warn=True)
         if self.config.weights is None:
             self.context.recorder.note("no distilled weights: the pictures will be poor", warn=True)
@@ -133,7 +134,7 @@ class LinFusionStrategy(Strategy):
     def remove(self) -> None:
         for attn in self.attention.values():
             attn._modules.pop(CHILD, None)
-        _renew_group_offloading(self.model)
+        renew_group_offloading(self.model)
 
     # Each call.
 
@@ -155,7 +156,16 @@ class LinFusionStrategy(Strategy):
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in layer.project(attn, hidden_states))
         return query, key, value
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, context: Context) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        context: Context,
+        *,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
         if not torch.compiler.is_compiling():
             context.recorder.ran_on(layout.layer, kernels.explain("linear_attention", query, key, value).backend)
         return kernels.linear_attention(query, key, value, eps=self.config.eps)
@@ -164,25 +174,9 @@ class LinFusionStrategy(Strategy):
         layer: LinFusionLayer = getattr(attn, CHILD)
         return layer.output(attn, attended)
 
-    def _place_of(self, attn: Any) -> tuple[torch.device, torch.dtype]:
-        """Device of a layer's own weights, or where its offloading hook computes; the dtype the model computes in."""
-        base = getattr(attn.to_q, "base_layer", attn.to_q)
-        device = base.weight.device
-        if device.type == "meta":
-            device = torch.device(getattr(getattr(base, "_hf_hook", None), "execution_device", "cpu"))
-        model: Any = self.model
-        return device, model.dtype
-
     def _weights_in_words(self) -> str:
         if self.config.weights is None:
             return "the U-Net's own projections, not distilled: the pictures will be poor"
         if self.source is None:
             return "none known for these layers"
         return self.source if self.config.weights != AUTO else f"{self.source} (auto)"
-
-
-def _renew_group_offloading(model: nn.Module) -> None:
-    """Have Diffusers' group offloading list the model's tensors anew: it moves those it knows and trips over others."""
-    from diffusers.hooks import group_offloading
-
-    group_offloading._maybe_remove_and_reapply_group_offloading(model)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from ..errors import WeightsError
-from .adapters import adapter_delta
+from .replacement import ReplacementLayer, own_tensors
 
 #: The name under which an attention layer holds its `LinFusionLayer`.
 CHILD = "linfusion"
@@ -41,11 +39,8 @@ PUBLISHED = {
 }
 
 
-class LinFusionLayer(nn.Module):
-    """The 17 tensors of a layer, in an attention layer but outside its state dict.
-
-    They are buffers that are not persistent: so they follow `.to()` and offloading, while `save_pretrained` and
-    `ControlNetModel.from_unet` see the stock layer alone. For training they are parameters.
+class LinFusionLayer(ReplacementLayer):
+    """The 17 tensors of a layer.
 
     Args:
         tensors: by their names in the published checkpoints; without those of an MLP (5 tensors) its refinement is
@@ -53,22 +48,11 @@ class LinFusionLayer(nn.Module):
         trainable: make parameters of them.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, trainable: bool = False) -> None:
-        super().__init__()
-        self.has_mlp = "to_q_.0.weight" in tensors
-        for published, name in PUBLISHED.items():
-            if published not in tensors:
-                continue
-            if trainable:
-                self.register_parameter(name, nn.Parameter(tensors[published]))
-            else:
-                self.register_buffer(name, tensors[published], persistent=False)
+    names: ClassVar[Mapping[str, str]] = PUBLISHED
 
-    def published(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors by their published names, in the published order."""
-        for published, name in PUBLISHED.items():
-            if hasattr(self, name):
-                yield published, getattr(self, name)
+    def __init__(self, tensors: Mapping[str, Tensor], *, trainable: bool = False) -> None:
+        super().__init__(tensors, trainable=trainable)
+        self.has_mlp = "to_q_.0.weight" in tensors
 
     def project(self, attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `[B, S, C]` of hidden states `[B, S, C]`; `attn` brings adapters (LoRA), if any."""
@@ -83,12 +67,6 @@ class LinFusionLayer(nn.Module):
         """The output projection of `[B, S, C]`."""
         return self._linear(attn.to_out[0], attended, "out", "out_bias")
 
-    def _linear(self, stock: nn.Module, inputs: Tensor, weight: str, bias: str | None = None) -> Tensor:
-        projected = F.linear(inputs, self._like(inputs, weight), None if bias is None else self._like(inputs, bias))
-        delta = adapter_delta(stock, inputs)
-        # Under autocast the inputs may be of another dtype than what is made of them.
-        return projected if delta is None else projected + delta.to(projected.dtype)
-
     def _refined(self, hidden_states: Tensor, branch: str) -> Tensor:
         """x + f(x), f a two-layer MLP over the full width."""
         if not self.has_mlp:
@@ -97,11 +75,6 @@ class LinFusionLayer(nn.Module):
         hidden = F.layer_norm(F.linear(hidden_states, weight, bias), scale.shape, scale, shift)
         # In place: two more tensors cost 6 to 9 % of the time of a layer of 320 channels on a CPU.
         return F.linear(F.leaky_relu(hidden, inplace=True), out, out_bias).add_(hidden_states)
-
-    def _like(self, inputs: Tensor, name: str) -> Tensor:
-        """A tensor where the inputs are: offloading that was set up before the layer came does not move it."""
-        tensor: Tensor = getattr(self, name)
-        return tensor.to(inputs.device, inputs.dtype)
 
 
 def from_stock(attn: Any, mid: int | None = None) -> dict[str, Tensor]:
@@ -114,21 +87,7 @@ def from_stock(attn: Any, mid: int | None = None) -> dict[str, Tensor]:
     Raises:
         WeightsError: for projections that are quantised, or have an adapter fused into them.
     """
-    projections = {"to_q": attn.to_q, "to_k": attn.to_k, "to_v": attn.to_v, "to_out.0": attn.to_out[0]}
-    tensors: dict[str, Tensor] = {}
-    for name, module in projections.items():
-        base = getattr(module, "base_layer", module)
-        if getattr(module, "merged", False):
-            raise WeightsError(
-                f"a layer's own {name} cannot be taken over while {', '.join(module.merged_adapters)} is fused into "
-                "it: unfuse it first (unfuse_lora)"
-            )
-        if not base.weight.is_floating_point():
-            raise WeightsError(f"a layer's own {name} cannot be taken over: its weights are {base.weight.dtype}")
-        with align_module_device(base):  # offloaded layer by layer, they are elsewhere
-            tensors[f"{name}.weight"] = base.weight.detach().clone()
-            if name == "to_out.0":
-                tensors[f"{name}.bias"] = base.bias.detach().clone()
+    tensors = own_tensors(attn, _PROJECTIONS)
     weight = tensors["to_q.weight"]
     width = weight.shape[1]
     mid = width if mid is None else mid

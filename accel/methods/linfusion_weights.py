@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import WeightsError
+from .checkpoints import BUNDLED, dims, first_line, from_hub, listing, on_disk, opened, whole
 from .linfusion_layer import PUBLISHED
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-BUNDLED = Path(__file__).parents[2] / "pipelines" / "bundled"
 # Diffusers' version that wrote the published files; theirs are otherwise what this module writes.
 _FORMAT = {"_class_name": "LinFusion", "_diffusers_version": "0.30.0"}
 
@@ -107,24 +104,15 @@ def load(weights: str, layers: Sequence[LayerShape], model: str) -> list[dict[st
     found = _read_config(config) if config else None
     if found is not None and not _same_places(found, layers):
         raise WeightsError(f"{config} is for another U-Net: {_difference(found, layers, model)}")
-    try:
-        with safe_open(file, "pt") as tensors:
-            # A view of shapes first: what does not fit is said before a gigabyte is read.
-            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
-            for key, part in slices.items():
-                if not part.get_dtype().startswith(("F", "BF")):
-                    raise WeightsError(f"{file}: expected floating point in {key}, found {part.get_dtype()}")
-            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-            described = found or _described_by(shapes, layers)
-            names = _check(file, shapes, described, model)
-            return [{name: tensors.get_tensor(key) for name, key in layer.items()} for layer in names]
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} is not a whole safetensors file: {_first_line(error)}") from error
+    with opened(file) as checkpoint:  # what does not fit is said before a gigabyte is read
+        described = found or _described_by(checkpoint.shapes, layers)
+        names = _check(file, checkpoint.shapes, described, model)
+        return [{name: checkpoint.read(key) for name, key in layer.items()} for layer in names]
 
 
 def lacks_config(weights: str) -> bool:
     """Whether nothing says for which base a checkpoint is: the shapes of those for SD 1.5 and SD 2.1 are alike."""
-    path = _path(weights)
+    path = on_disk(weights)
     return path.is_file() and not _is_linfusion(path.parent / CONFIG)
 
 
@@ -136,22 +124,11 @@ def save(folder: Path, layers: Sequence[LayerShape], tensors: Sequence[Mapping[s
     """
     folder.mkdir(parents=True, exist_ok=True)
     document = {**_FORMAT, "modules_list": [vars(layer) for layer in layers]}
-    with _whole(folder / CONFIG) as part:
+    with whole(folder / CONFIG) as part:
         part.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
     flat = {f"{i}.{name}": tensor.contiguous() for i, layer in enumerate(tensors) for name, tensor in layer.items()}
-    with _whole(folder / WEIGHTS) as part:
+    with whole(folder / WEIGHTS) as part:
         save_file(flat, part, {"format": "pt"})
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` when the block ends well."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _bundled() -> dict[str, Path]:
@@ -162,10 +139,8 @@ def _locate(weights: str) -> tuple[Path, Path | None]:
     """The safetensors file, and its config where there is one."""
     if (bundled := _bundled().get(weights)) is not None:
         return bundled / WEIGHTS, bundled / CONFIG
-    path = _path(weights)
+    path = on_disk(weights)
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise WeightsError(f"{path} is not a .safetensors file; nothing else is read, as pickles can run code")
         beside = path.parent / CONFIG
         return path, beside if _is_linfusion(beside) else None
     if not path.is_dir():
@@ -173,42 +148,27 @@ def _locate(weights: str) -> tuple[Path, Path | None]:
     return _in_folder(path)
 
 
-def _path(weights: str) -> Path:
-    return Path(os.path.expanduser(weights))
-
-
 def _in_folder(folder: Path) -> tuple[Path, Path]:
     config = folder / CONFIG
     if not config.is_file():
         raise WeightsError(
-            f"{folder} holds no LinFusion weights: expected {CONFIG} and {WEIGHTS}, found {_listing(folder)}"
+            f"{folder} holds no LinFusion weights: expected {CONFIG} and {WEIGHTS}, found {listing(folder)}"
         )
     files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        raise WeightsError(f"{folder}: expected {WEIGHTS} beside {CONFIG}, found {_listing(folder)}")
+        raise WeightsError(f"{folder}: expected {WEIGHTS} beside {CONFIG}, found {listing(folder)}")
     return files[0], config
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if name.count("/") != 1 or os.path.isabs(name) or name.startswith("."):
-        known = ", ".join(_bundled()) or "none"
-        raise WeightsError(f"no LinFusion weights {name!r}: no such file or folder, nor bundled ({known})")
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(
-            f"LinFusion weights {name} are not on this machine and not to be had: {_first_line(error)}"
-        ) from error
+    return from_hub(name, "LinFusion", [CONFIG, "*.safetensors"], _bundled())
 
 
 def _read_config(path: Path) -> list[LayerShape]:
     try:
         return [LayerShape(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))["modules_list"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path} is no LinFusion config with a modules_list: {_first_line(error)}") from error
+        raise WeightsError(f"{path} is no LinFusion config with a modules_list: {first_line(error)}") from error
 
 
 def _is_linfusion(config: Path) -> bool:
@@ -253,10 +213,9 @@ def _check(
         for name, shape in layer.shapes().items():
             found = shapes.get(keys[name])
             if found != shape:
-                has = "nothing" if found is None else _dims(found)
                 raise WeightsError(
-                    f"{file} does not fit {model}: {layer.module_name} needs {keys[name]} {_dims(shape)}, found {has}; "
-                    f"the U-Net has {signature(layers)}"
+                    f"{file} does not fit {model}: {layer.module_name} needs {keys[name]} {dims(shape)}, found "
+                    f"{dims(found)}; the U-Net has {signature(layers)}"
                 )
     # Fusing projections leaves copies that add nothing.
     extra = sorted(
@@ -267,16 +226,3 @@ def _check(
             f"{file} does not fit {model}: expected {sum(map(len, names))} tensors, found also {extra[0]}"
         )
     return names
-
-
-def _dims(shape: Sequence[int]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers as d
 import torch
+from PIL import Image
 
 
 def _quiet(pipe: Any) -> Any:
@@ -64,7 +65,7 @@ def wan() -> tuple[Any, dict[str, Any]]:
     return _quiet(pipe), {**text, "height": 32, "width": 48, "num_frames": 9, "guidance_scale": 2.0}
 
 
-def _flux_parts() -> dict[str, Any]:
+def _flux_parts(**changes: Any) -> dict[str, Any]:
     return {
         "scheduler": d.FlowMatchEulerDiscreteScheduler(),
         "text_encoder": None,
@@ -73,15 +74,18 @@ def _flux_parts() -> dict[str, Any]:
         "tokenizer_2": None,
         "vae": _image_vae(1, shift_factor=0.1),
         "transformer": d.FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=32,
-            axes_dims_rope=[4, 4, 8],
+            **{
+                "patch_size": 1,
+                "in_channels": 4,
+                "num_layers": 1,
+                "num_single_layers": 1,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 32,
+                "pooled_projection_dim": 32,
+                "axes_dims_rope": [4, 4, 8],
+                **changes,
+            }
         ).eval(),
     }
 
@@ -106,7 +110,52 @@ def kontext() -> tuple[Any, dict[str, Any]]:
     return _quiet(d.FluxKontextPipeline(**_flux_parts())), {**arguments, "height": 32, "width": 32}
 
 
-def sd3() -> tuple[Any, dict[str, Any]]:
+def flux_fill() -> tuple[Any, dict[str, Any]]:
+    """The picture and its mask are further channels of the same tokens."""
+    text = {name: value for name, value in _FLUX_TEXT.items() if name.endswith("prompt_embeds") and "neg" not in name}
+    pictures = {"image": _text(1, 3, 16, 16).sigmoid(), "mask_image": torch.ones(1, 1, 16, 16)}
+    pipe = d.FluxFillPipeline(**_flux_parts(in_channels=4 + 4 + 4 * 4, out_channels=4))
+    return _quiet(pipe), {**text, **pictures, "height": 16, "width": 16}
+
+
+def flux2() -> tuple[Any, dict[str, Any]]:
+    """A reference image; positions of four numbers."""
+    transformer = d.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    ).eval()
+    vae = d.AutoencoderKLFlux2(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=1,
+        norm_num_groups=2,
+        layers_per_block=1,
+    ).eval()
+    pipe = d.Flux2Pipeline(
+        scheduler=d.FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
+    picture = Image.fromarray((_text(64, 64, 3).sigmoid() * 255).byte().numpy())
+    return _quiet(pipe), {"prompt_embeds": _text(1, 8, 32), "image": picture, "height": 16, "width": 16}
+
+
+def sd35() -> tuple[Any, dict[str, Any]]:
+    """Layers of image tokens alone."""
+    return sd3(dual_attention_layers=(0,), qk_norm="rms_norm")
+
+
+def sd3(**changes: Any) -> tuple[Any, dict[str, Any]]:
     transformer = d.SD3Transformer2DModel(
         sample_size=32,
         patch_size=1,
@@ -118,6 +167,7 @@ def sd3() -> tuple[Any, dict[str, Any]]:
         joint_attention_dim=32,
         caption_projection_dim=32,
         pooled_projection_dim=64,
+        **changes,
     ).eval()
     names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     pipe = d.StableDiffusion3Pipeline(
@@ -318,6 +368,18 @@ PIPELINES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "cogvideox": cogvideox,
     "hunyuan_video": hunyuan_video,
     "ltx": ltx,
+    "qwen_image": qwen_image,
+    "z_image": z_image,
+}
+
+#: Of the image families, and of their pipelines that lay out their tokens in another way.
+IMAGES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "flux": flux,
+    "kontext": kontext,
+    "flux_fill": flux_fill,
+    "flux2": flux2,
+    "sd3": sd3,
+    "sd35": sd35,
     "qwen_image": qwen_image,
     "z_image": z_image,
 }

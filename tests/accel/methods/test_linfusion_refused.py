@@ -11,7 +11,7 @@ import attnswap
 import pytest
 import torch
 from attnswap.accel.methods import linfusion_weights as weights_files
-from attnswap.accel.methods.linfusion import LinFusionStrategy
+from attnswap.accel.methods.linfusion_layer import LinFusionLayer
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -239,6 +239,6 @@ def test_processors_that_cannot_be_installed_leave_nothing_behind(
     def full(*arguments: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(LinFusionStrategy, "_place_of", full)
+    monkeypatch.setattr(LinFusionLayer, "beside", full)
     with unchanged(unet), pytest.raises(MemoryError):
         attnswap.attn_processors(unet, config)

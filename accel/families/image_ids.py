@@ -1,0 +1,63 @@
+"""The grid of image tokens, read from the ids that FLUX gives its rotary positions."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import NoGrid
+
+Read = tuple[tuple[int, int], int]
+
+
+class ImageIds:
+    """Reads the grid from `img_ids`, once for each tensor: reading from the device waits for it.
+
+    The tensor itself is what is remembered, never its address or shape: another one may lie at the same address with
+    the same number of tokens in another form.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[weakref.ref[Tensor], int | None, Read] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_seen": None}
+
+    def read(self, ids: Tensor) -> Read:
+        """((h, w), tokens after the grid).
+
+        Args:
+            ids: `[S, n]` or `[B, S, n]`; columns 0, 1, 2 are the image's number, row and column. The tokens that share
+                the first one's number are the grid; what follows is another image (a reference).
+
+        Raises:
+            NoGrid: where they are not the rows of a grid one after the other.
+        """
+        # What `torch.inference_mode` makes keeps no count of its changes.
+        version = None if ids.is_inference() else ids._version
+        if self._seen is not None and self._seen[0]() is ids and self._seen[1] == version:
+            return self._seen[2]
+        read = _read(ids)
+        self._seen = weakref.ref(ids), version, read
+        return read
+
+
+def _read(ids: Tensor) -> Read:
+    if ids.ndim == 3:
+        ids = ids[0]
+    table = ids.detach().to("cpu", torch.float64)
+    if table.ndim != 2 or not len(table) or table.shape[1] < 3:
+        raise NoGrid(f"img_ids of shape {tuple(ids.shape)} tell no rows and columns")
+    own = (table[:, 0] == table[0, 0]).long()
+    count = int(own.cumprod(0).sum())
+    rows, columns = table[:count, 1], table[:count, 2]
+    width = int((rows == rows[0]).long().cumprod(0).sum())
+    height = count // width
+    expected = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double().view(-1, 2)
+    found = torch.stack((rows - rows[0], columns - columns[0]), 1)
+    if height * width != count or int(own.sum()) != count or not torch.equal(found, expected):
+        raise NoGrid(f"the {len(table)} img_ids are not the rows of a grid one after the other")
+    return (height, width), len(table) - count
