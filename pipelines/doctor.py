@@ -15,8 +15,10 @@ from . import load
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "av", "gradio")
 WIDTH = 100
-# A typical self-attention of the top level of an SD 1.5 U-Net at 1024 px: batch, heads, head dim, grid.
-TYPICAL_SHAPE, TYPICAL_GRID = (2, 128 * 128, 8, 40), (128, 128)
+# A typical self-attention of the top level of an SD 1.5 U-Net at 1024 px: batch, heads, head dim.
+TYPICAL_SHAPE = (2, 128 * 128, 8, 40)
+# What an op must be told beside its tensors.
+TYPICAL = {"grid": (128, 128), "radius": 16.0}
 
 
 def screen() -> str:
@@ -100,7 +102,7 @@ def explain(op: str, device: torch.device) -> Any:
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     tensor = torch.empty(1, dtype=dtype, device=device).expand(TYPICAL_SHAPE)
     takes = inspect.signature(getattr(kernels, op)).parameters
-    return kernels.explain(op, tensor, tensor, tensor, **({"grid": TYPICAL_GRID} if "grid" in takes else {}))
+    return kernels.explain(op, tensor, tensor, tensor, **{name: TYPICAL[name] for name in TYPICAL if name in takes})
 
 
 def _bundled() -> list[str]:

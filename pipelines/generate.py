@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from ..accel.swap import enable
 from . import load, presets, render, resolve, save, settings
 from .errors import BadInput, JobFailed
 from .job import Job
 from .low_memory import low_memory, tiled, untileable
 from .routes import Stage
+from .stage_methods import StageMethods
 from .stages import StageFolder
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def generate(job: Job, *, progress: bool = False, say: Callable[[str], None] = l
 
     pipe = load.load(model, dtype=dtype, variant=job.variant)
     methods = {name: config.to_dict() for name, config in zip(merged, configs, strict=True)}
-    job, stages = resolve.complete(dataclasses.replace(job, methods=methods, asked=asked), pipe, preset, dtype)
+    job, stages = resolve.complete(dataclasses.replace(job, methods=methods, asked=asked), pipe, preset, dtype, configs)
     render.check_route(pipe, job.route)
     record = job.to_record() | {"asked": asked, "device": str(device), "versions": versions()}
 
@@ -84,9 +84,8 @@ def generate(job: Job, *, progress: bool = False, say: Callable[[str], None] = l
         _spare_memory(pipe, job, stack, notice)
         place(pipe, device, job)
         pipe.set_progress_bar_config(disable=True)
-        handle = enable(pipe, configs) if configs else None
-        if handle:
-            stack.callback(handle.disable)
+        in_place = StageMethods(pipe, configs, notice)
+        stack.callback(in_place.close)
         bar = render.Progress(stages, progress)
         stack.callback(bar.close)
         painter = render.Painter(
@@ -95,14 +94,14 @@ def generate(job: Job, *, progress: bool = False, say: Callable[[str], None] = l
             device,
             progress=bar,
             prepare=lambda made: place_again(made, device, job),
-            handle=handle,
+            methods=in_place,
             say=notice,
         )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         folder = StageFolder(job.output, record)
         image = _climb(painter, stages, folder, notice)
-        report = handle.report() if handle else None
+        report = in_place.report()
     try:
         save.write_png(image, job.output, record)
     except OSError as error:

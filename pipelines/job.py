@@ -32,6 +32,8 @@ ADDED: dict[str, tuple[tuple[type, ...], Any]] = {
     "route": ((str,), "direct"),
     "strengths": ((list, type(None)), None),
     "low_memory": ((bool,), False),
+    "true_cfg": ((float, int, type(None)), None),
+    "max_sequence_length": ((int, type(None)), None),
 }
 # Where one of these changes, what the preset filled in for the old one no longer holds.
 RESOLVES = ("model", "width", "height", "steps", "route")
@@ -51,6 +53,8 @@ class Job:
         route: How a large picture comes about; a key of `routes.ROUTES`.
         strengths: One a stage above the base, each in (0, 1].
         low_memory: More time for less memory; see `low_memory`.
+        true_cfg: Scale of guidance by a second call, for pipelines that know it beside `guidance`.
+        max_sequence_length: Tokens the prompt is padded or cut to, for pipelines that take it.
         keep_stages: Leave the pictures of the stages behind.
         asked: What a job that came from a record was asked for, before anything was filled in.
     """
@@ -73,6 +77,8 @@ class Job:
     route: str = "direct"
     strengths: tuple[float, ...] | None = None
     low_memory: bool = False
+    true_cfg: float | None = None
+    max_sequence_length: int | None = None
     keep_stages: bool = False
     asked: dict[str, Any] | None = None
 

@@ -16,6 +16,7 @@ from torch import nn
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 FF_PARTS, FF_LEAST_TOKENS = 16, 1024
+FEED_FORWARDS = ("FeedForward", "Flux2FeedForward")
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -43,7 +44,7 @@ def low_memory(pipe: Any) -> Iterator[list[str]]:
             said.append(f"{type(pipe.vae).__name__} not in tiles: {reason}")
         else:
             stack.enter_context(tiled(pipe.vae))
-            said.append("autoencoder in tiles")
+            said.append("autoencoder in tiles" + (", encoding whole" if encodes_whole(pipe.vae) else ""))
         yield said
 
 
@@ -56,6 +57,12 @@ def tiled(vae: Any, tile: int | None = None) -> Iterator[None]:
     """
     before = {name: value for name, value in vars(vae).items() if isinstance(value, bool | int | float)}
     vae.enable_tiling()
+    if is_small(vae):
+        # Diffusers takes this factor from the number of colours.
+        vae.spatial_scale_factor = 2 ** (len(vae.config.decoder_block_out_channels) - 1)
+        vae.tile_latent_min_size = vae.tile_sample_min_size // vae.spatial_scale_factor
+        if encodes_whole(vae):
+            vars(vae)["_tiled_encode"] = lambda pixels: vae.encoder(pixels)
     if hasattr(vae, "enable_slicing"):
         vae.enable_slicing()
     if tile is not None and has_tile_side(vae):
@@ -64,6 +71,7 @@ def tiled(vae: Any, tile: int | None = None) -> Iterator[None]:
     try:
         yield
     finally:
+        vars(vae).pop("_tiled_encode", None)
         for name, value in before.items():
             setattr(vae, name, value)
 
@@ -77,18 +85,21 @@ def untileable(vae: Any) -> str | None:
     """Why an autoencoder cannot work in tiles; None where it can."""
     if not hasattr(vae, "enable_tiling"):
         return "it has no tiling"
-    if type(vae).__name__ == "AutoencoderTiny":
-        # Diffusers writes these two into the tiling of this class.
-        channels, factor = vae.config.latent_channels, 2 ** (len(vae.config.decoder_block_out_channels) - 1)
-        if (channels, factor) != (4, 8):
-            return f"its tiling is for 4 channels and factor 8, it has {channels} and {factor}"
     return None
 
 
-def feed_forwards(denoiser: nn.Module) -> list[nn.Module]:
-    from diffusers.models.attention import FeedForward
+def is_small(vae: Any) -> bool:
+    return type(vae).__name__ == "AutoencoderTiny"
 
-    return [module for module in denoiser.modules() if isinstance(module, FeedForward)]
+
+def encodes_whole(vae: Any) -> bool:
+    """Whether only its decoder can work in tiles: Diffusers writes 4 channels into the encoding of the small one."""
+    return is_small(vae) and vae.config.latent_channels != 4
+
+
+def feed_forwards(denoiser: nn.Module) -> list[nn.Module]:
+    """Those of Diffusers' own class, and of the classes that FLUX.2 and Z-Image have for it."""
+    return [module for module in denoiser.modules() if type(module).__name__ in FEED_FORWARDS]
 
 
 @contextmanager

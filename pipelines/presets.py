@@ -20,12 +20,14 @@ class Preset:
         guidance: Guidance scale.
         methods: Method name → settings that differ from the method's own defaults.
         methods_from: The same for large pictures, by the multiple of `native_side` from which they apply.
+        max_sequence_length: Tokens a prompt is padded or cut to.
         routes: Route → strengths in place of the published ones in `routes.ROUTES`.
     """
 
     native_side: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    max_sequence_length: int | None = None
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods_from: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     routes: dict[str, list[float]] = field(default_factory=dict)
@@ -50,6 +52,9 @@ def read(folder: Path) -> Preset:
         data = json.loads(path.read_text(encoding="utf-8"))
         preset = Preset(**{key: data[key] for key in Preset.__dataclass_fields__ if key in data})
         _check_routes(preset.routes)
+        length = preset.max_sequence_length
+        if length is not None and (type(length) is not int or length < 1):
+            raise ValueError(f"max_sequence_length is {length!r}, not a number of tokens.")
         return preset
     except (ValueError, TypeError) as error:
         raise BadInput(f"{path} is no preset: {error}") from error

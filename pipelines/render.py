@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from . import guidance
 from .errors import BLACKED_OUT, BadInput, JobFailed
 from .job import Job
 from .low_memory import has_tile_side, tiled, untileable
 from .routes import Stage, superres
 
 if TYPE_CHECKING:
-    from ..accel.swap import Handle
+    from .stage_methods import StageMethods
 
 # From this side a stage's autoencoder works in tiles by itself, and where they can be set in tiles of this side: few,
 # so few seams.
@@ -55,7 +56,7 @@ class Painter:
     Args:
         pipe: the text-to-image pipeline, placed where it is to run.
         prepare: is given a pipeline made from `pipe`, before it runs; places it.
-        handle: of the methods in place, if any.
+        methods: that a stage is to run with, if any.
         say: is told what the user did not ask for.
 
     Attributes:
@@ -70,12 +71,12 @@ class Painter:
         *,
         progress: Progress,
         prepare: Callable[[Any], None] = lambda pipe: None,
-        handle: Handle | None = None,
+        methods: StageMethods | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.seconds = 0.0
         self._pipe, self._job, self._device = pipe, job, device
-        self._progress, self._prepare, self._handle, self._say = progress, prepare, handle, say
+        self._progress, self._prepare, self._methods, self._say = progress, prepare, methods, say
         self._steps_run = 0
         self._latents: torch.Tensor | None = None
 
@@ -94,6 +95,8 @@ class Painter:
         """
         self._progress.begin(stage)
         start = time.perf_counter()
+        if self._methods:
+            self._methods.enter(stage)
         with self._failures(stage), self._tiles(stage):
             if before is None:
                 pixels = self._text_to_image(stage)
@@ -124,8 +127,8 @@ class Painter:
             moments = mean, std
 
         def begin(timesteps: torch.Tensor) -> None:
-            if self._handle:
-                self._handle.set_timesteps(timesteps)
+            if self._methods and self._methods.handle:
+                self._methods.handle.set_timesteps(timesteps)
 
         assert job.steps is not None
         assert job.guidance is not None
@@ -154,17 +157,18 @@ class Painter:
 
         wanted = {
             "prompt": job.prompt,
-            "negative_prompt": job.negative,
             "width": stage.width,
             "height": stage.height,
             "num_inference_steps": job.steps,
-            "guidance_scale": job.guidance,
+            "max_sequence_length": job.max_sequence_length,
+            **guidance.arguments(job, pipe),
             "generator": self._generator(),
             "callback_on_step_end": after_step,
             **more,
         }
         accepted = inspect.signature(pipe.__call__).parameters
-        output = pipe(**{name: value for name, value in wanted.items() if name in accepted}, output_type="pt")
+        given = {name: value for name, value in wanted.items() if name in accepted and value is not None}
+        output = pipe(**given, output_type="pt")
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise JobFailed(BLACKED_OUT)
         pixels: torch.Tensor = output.images[0]

@@ -5,15 +5,22 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import presets
+from . import guidance, presets
 from .errors import BadInput
 from .job import MAX_SIDE, Job
 from .routes import Stage, plan
 from .routes.plan import StepsRun, every, rounded_down, rounded_up
+
+if TYPE_CHECKING:
+    from ..accel.methods.base import Config
+
+# The pixels a side that only the code of these pipelines says.
+NATIVE_SIDES = {"ZImagePipeline": 1024}
 
 
 def check_numbers(job: Job) -> None:
@@ -24,14 +31,20 @@ def check_numbers(job: Job) -> None:
             raise BadInput(f"{name} {value} is out of range: 1 to {MAX_SIDE}.")
     if job.steps is not None and not 0 < job.steps <= 1000:
         raise BadInput(f"steps {job.steps} is out of range: 1 to 1000.")
-    if job.guidance is not None and not (math.isfinite(job.guidance) and job.guidance >= 0):
-        raise BadInput(f"guidance {job.guidance} is out of range: 0 or more.")
+    for name, value in (("guidance", job.guidance), ("true-cfg", job.true_cfg)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise BadInput(f"{name} {value} is out of range: 0 or more.")
     if not 0 <= job.seed < 2**63:
         raise BadInput(f"seed {job.seed} is out of range: 0 to 2^63 - 1.")
 
 
-def complete(job: Job, pipe: Any, preset: presets.Preset, dtype: torch.dtype) -> tuple[Job, tuple[Stage, ...]]:
+def complete(
+    job: Job, pipe: Any, preset: presets.Preset, dtype: torch.dtype, configs: Sequence[Config] = ()
+) -> tuple[Job, tuple[Stage, ...]]:
     """`job` with every field given, and the stages it runs.
+
+    Args:
+        configs: of its methods.
 
     Raises:
         BadInput: `pipe` cannot do it.
@@ -45,20 +58,20 @@ def complete(job: Job, pipe: Any, preset: presets.Preset, dtype: torch.dtype) ->
     native = preset.native_side or native_side(pipe) or 0
     if not native and None in (job.width, job.height):
         raise BadInput(f"{job.model} does not say its native size: give --width and --height.")
-    multiple = size_multiple(pipe)
     width, height = job.width or native, job.height or native
-    check_side("width", width, multiple)
-    check_side("height", height, multiple)
-
-    def default(parameter: str, preset_value: Any) -> Any:
-        return preset_value if preset_value is not None else accepted[parameter].default
-
-    steps = job.steps or default("num_inference_steps", preset.steps)
+    token = size_multiple(pipe)
+    needed = {"this model": token, **{config.name: token * config.grid_multiple for config in configs}}
+    for who, multiple in needed.items():
+        check_side("width", width, multiple, who)
+        check_side("height", height, multiple, who)
+    job = guidance.complete(job, pipe, preset.guidance)
+    steps = job.steps or preset.steps or accepted["num_inference_steps"].default
+    length = job.max_sequence_length or preset.max_sequence_length
     stages = plan(
         job.route,
         (width, height),
         native=native,
-        multiple=multiple,
+        multiple=math.lcm(*needed.values()),
         steps=steps,
         strengths=job.strengths,
         preset=preset.routes,
@@ -69,8 +82,8 @@ def complete(job: Job, pipe: Any, preset: presets.Preset, dtype: torch.dtype) ->
         width=width,
         height=height,
         steps=steps,
-        guidance=job.guidance if job.guidance is not None else default("guidance_scale", preset.guidance),
         dtype=str(dtype).removeprefix("torch."),
+        max_sequence_length=length if "max_sequence_length" in accepted else None,
         strengths=tuple(stage.strength for stage in stages if stage.strength is not None) or None,
     )
     return complete_job, stages
@@ -94,14 +107,16 @@ def size_multiple(pipe: Any) -> int:
     return math.lcm(8 if getattr(pipe, "unet", None) else 1, packed, scale * (patch if isinstance(patch, int) else 1))
 
 
-def check_side(name: str, value: int, multiple: int) -> None:
+def check_side(name: str, value: int, multiple: int, who: str = "this model") -> None:
     below = value // multiple * multiple
     if value != below:
         nearest = max(multiple, below if value - below <= multiple // 2 else below + multiple)
-        raise BadInput(f"{name} {value} is not a multiple of {multiple}, which this model needs; nearest: {nearest}.")
+        raise BadInput(f"{name} {value} is not a multiple of {multiple}, which {who} needs; nearest: {nearest}.")
 
 
 def native_side(pipe: Any) -> int | None:
+    if (name := type(pipe).__name__) in NATIVE_SIDES:
+        return NATIVE_SIDES[name]
     unet = getattr(pipe, "unet", None)
     side = getattr(pipe, "default_sample_size", None) or (unet.config.sample_size if unet else None)
     if isinstance(side, list | tuple):

@@ -72,6 +72,52 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_flux(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random FluxPipeline without embedded guidance: 32 px native, tokens of 4x4 px, 8 of text."""
+    import json
+    import string
+
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(0)
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKL(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=2,
+            latent_channels=4,
+            sample_size=64,
+            shift_factor=0.1,
+        ),
+        text_encoder=CLIPTextModel.from_pretrained(tiny_sd / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer"),
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        tokenizer_2=T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0),
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=(4, 4, 8),
+        ),
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux"
+    pipe.save_pretrained(folder)
+    preset = {"native_side": 32, "steps": 2, "guidance": 2.0, "max_sequence_length": 8}
+    (folder / "attnswap.json").write_text(json.dumps(preset))
+    return folder
+
+
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """A copy of a model folder that a test may damage."""

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from attnswap import cli
+from attnswap.cli.generate import ROUTES
 from PIL import Image
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -195,9 +196,9 @@ class TestRoute:
         assert "3/3" in err
 
     def test_is_one_of_those_there_are(self) -> None:
-        from attnswap.pipelines.routes import ROUTES
+        from attnswap.pipelines import routes
 
-        assert tuple(ROUTES) == tuple(cli.ROUTES)
+        assert tuple(routes.ROUTES) == tuple(ROUTES)
 
 
 @pytest.mark.usefixtures("no_steps")
@@ -460,7 +461,7 @@ class TestHelp:
 
     def test_says_of_every_route_what_it_is(self, attnswap: Cli) -> None:
         out = attnswap("generate", "--help")[1]
-        assert all(f"  {name:16} {what}" in out for name, what in cli.ROUTES.items())
+        assert all(f"  {name:16} {what}" in out for name, what in ROUTES.items())
 
     def test_version(self, attnswap: Cli) -> None:
         from attnswap import __version__

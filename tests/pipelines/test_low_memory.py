@@ -14,6 +14,8 @@ from attnswap.pipelines.low_memory import in_halves, in_parts_of_tokens, low_mem
 from diffusers import AutoencoderTiny
 from diffusers.models.attention import FeedForward
 
+from ..accel.tiny_dit import PIPELINES
+
 
 def run(pipe: Any, side: int = 64, **more: Any) -> torch.Tensor:
     arguments = {
@@ -96,6 +98,11 @@ class TestFeedForward:
         with low_memory(pipe) as said:
             assert f"{len(module.feed_forwards(pipe.unet))} feed-forward layers" in ", ".join(said)
         assert len(module.feed_forwards(pipe.unet)) >= 6
+
+    @pytest.mark.parametrize("family", ["flux", "sd3", "qwen_image", "z_image"])
+    def test_of_every_transformer(self, family: str) -> None:
+        pipe, _ = PIPELINES[family]()
+        assert len(module.feed_forwards(pipe.transformer)) >= 2
 
 
 class TestAfterwards:
@@ -196,12 +203,45 @@ class TestAutoencoder:
         assert len(sizes) == 8
         assert max(sizes) == 64
 
-    def test_a_tiny_one_of_another_kind_is_said_not_to_work_in_tiles(self, sd: Any) -> None:
-        small = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
-        blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
-        sd.vae = AutoencoderTiny(**small, **blocks, latent_channels=12)
-        assert "12 and 4" in (untileable(sd.vae) or "")
+    @pytest.mark.parametrize(("levels", "channels"), [(3, 12), (4, 4), (3, 4)])
+    def test_of_the_small_kind_decodes_in_tiles_whatever_its_channels_and_factor(
+        self, levels: int, channels: int
+    ) -> None:
+        torch.manual_seed(0)
+        widths, blocks, factor = (4,) * levels, (1,) * levels, 2 ** (levels - 1)
+        vae = AutoencoderTiny(
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            num_encoder_blocks=blocks,
+            num_decoder_blocks=blocks,
+            latent_channels=channels,
+        ).eval()
+        before, pixels, sizes = dict(vars(vae)), torch.rand(1, 3, 160, 128), []
+        vae.decoder.register_forward_hook(lambda _module, args, _output: sizes.append(factor * args[0].shape[-1]))
+        with torch.no_grad():
+            whole = vae.encode(pixels).latents
+            expected = vae.decode(whole).sample
+            sizes.clear()
+            with tiled(vae, 64):
+                latents, found = vae.encode(pixels).latents, vae.decode(whole).sample
+        assert latents.shape == whole.shape
+        assert found.shape == expected.shape
+        assert len(sizes) > 4
+        assert max(sizes) == 64
+        # Seams apart, the first tile is what it is in the whole.
+        torch.testing.assert_close(found[..., :24, :24], expected[..., :24, :24])
+        assert dict(vars(vae)) == before
+
+    def test_of_the_small_kind_that_encodes_whole_says_so(self, sd: Any) -> None:
+        sd.vae = AutoencoderTiny(latent_channels=12)
         with low_memory(sd) as said:
-            assert "AutoencoderTiny not in tiles: its tiling is for 4 channels and factor 8" in ", ".join(said)
-            assert not sd.vae.use_tiling
-        assert untileable(AutoencoderTiny()) is None
+            assert "autoencoder in tiles, encoding whole" in said
+        sd.vae = AutoencoderTiny()
+        with low_memory(sd) as said:
+            assert "autoencoder in tiles" in said
+
+    def test_without_tiling_is_said(self, sd: Any) -> None:
+        sd.vae = torch.nn.Identity()
+        assert untileable(sd.vae) == "it has no tiling"
+        with low_memory(sd) as said:
+            assert "Identity not in tiles: it has no tiling" in said

@@ -1,0 +1,56 @@
+"""What the commands share: how wrong use, names, numbers and progress look."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+
+def split_names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are not numbers separated by commas") from None
+
+
+def quieten(progress: bool) -> None:
+    """Libraries keep to warnings about this job, and draw bars only where somebody is looking."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    transformers.utils.logging.set_verbosity_error()  # its advice on optional packages is not for our users
+    if not progress:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+
+
+def fail(message: str, status: int) -> int:
+    print(f"attnswap: {message}", file=sys.stderr)
+    return status
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong use is one line, not the whole usage."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class Listing(argparse.RawDescriptionHelpFormatter):
+    """For a help with a list in it, which must stay one."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+class Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from .. import __version__
+
+        print(f"attnswap {__version__}")
+        parser.exit()

@@ -1,0 +1,68 @@
+"""The methods of a job in place, with the settings of the stage that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..accel.report import Report
+from ..accel.swap import disable, enable
+
+if TYPE_CHECKING:
+    from ..accel.methods.base import Config
+    from ..accel.swap import Handle
+    from .routes import Stage
+
+
+class StageMethods:
+    """Methods that are for larger pictures only rest in the base stage of a route, which has the native size.
+
+    Args:
+        configs: of the methods; with none, nothing is ever put in place.
+        say: is told which rest.
+
+    Raises:
+        UnsupportedModel, WeightsError: a method cannot apply to `pipe`, those that rest at first included.
+
+    Attributes:
+        handle: of what is in place.
+    """
+
+    def __init__(self, pipe: Any, configs: Sequence[Config], say: Callable[[str], None]) -> None:
+        self._pipe, self._configs, self._say = pipe, list(configs), say
+        # All at once, so that what cannot be had, such as weights, is missed before the first stage.
+        self.handle: Handle | None = enable(pipe, self._configs) if configs else None
+        self._in_place = self._configs
+        self._remark = ""
+        self._past: tuple[dict[str, Any], ...] = ()
+
+    def enter(self, stage: Stage) -> None:
+        """Put in place what `stage` needs, before it runs."""
+        configs = self._configs
+        if stage.total > 1 and stage.number == 1:
+            configs = [config for config in configs if config.for_native_size]
+            if resting := [config.name for config in self._configs if not config.for_native_size]:
+                self._remark = f"{stage}: at the native size, so dense, without {', '.join(resting)}"
+                self._say(f"{self._remark}.")
+        if configs != self._in_place:
+            self._past += tuple(each for each in self._present() if each["calls"])
+            self.close()
+            self.handle = enable(self._pipe, configs) if configs else None
+            self._in_place = configs
+
+    def report(self) -> Report | None:
+        """Of all stages so far; those with every method first, as theirs is the configuration it gives."""
+        denoisers = self._present() + self._past
+        return Report(denoisers) if denoisers else None
+
+    def close(self) -> None:
+        """Take the methods out."""
+        if self.handle:
+            disable(self._pipe)
+            self.handle = None
+
+    def _present(self) -> tuple[dict[str, Any], ...]:
+        """What the report says of what is in place now, by denoiser."""
+        found = self.handle.report().denoisers if self.handle else ()
+        remarks = [self._remark] if self._remark else []
+        return tuple({**each, "remarks": [*each["remarks"], *remarks]} for each in found)
