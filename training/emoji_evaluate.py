@@ -1,4 +1,4 @@
-"""Measures an exported `emoji-sd` folder; needs neither the font nor the `emoji` package.
+"""Measures the folder of an exported emoji model; needs neither the font nor the `emoji` package.
 
 The folder's own `reference/` says what the pictures should be, its `attnswap.json` how to sample.
 """
@@ -17,9 +17,9 @@ from ..pipelines.emoji_reference import Reference, caption, judge, psnr, sample_
 
 def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """The stock pipeline of the folder, without a progress bar."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -28,17 +28,20 @@ def settings(folder: str | Path) -> dict:
     return json.loads((Path(folder) / "attnswap.json").read_text())
 
 
-def generate(pipe, prompts: list[str], side: int, steps: int, guidance: float, seed: int = 0) -> np.ndarray:
-    """Pictures `[N, side, side, 3]` in 0..1; the starting noise is drawn on the CPU, so it is the same everywhere."""
-    generator = torch.Generator().manual_seed(seed)
+def generate(pipe, prompts: list[str], side: int, steps: int, guidance: float, seed: int = 0, **more) -> np.ndarray:
+    """Pictures `[N, side, side, 3]` in 0..1; the starting noise is drawn on the CPU, so it is the same everywhere.
+
+    `more` goes to the pipeline.
+    """
     return pipe(
         prompts,
         height=side,
         width=side,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        generator=generator,
+        generator=torch.Generator().manual_seed(seed),
         output_type="np",
+        **more,
     ).images
 
 
@@ -69,6 +72,7 @@ def evaluate(
     folder, chosen = Path(folder), settings(folder)
     steps, guidance = steps or chosen["steps"], chosen["guidance"] if guidance is None else guidance
     pipe, reference = load(folder, device), Reference.load(folder / "reference")
+    more = {key: chosen[key] for key in ("max_sequence_length",) if key in chosen}
     data = reference_pictures(reference)
     asked = sample_captions(reference, count, seed)
     began = time.monotonic()
@@ -79,6 +83,7 @@ def evaluate(
         steps,
         guidance,
         seed,
+        **more,
     )
     seconds = time.monotonic() - began
     score = judge(pictures, asked, reference)

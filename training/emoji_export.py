@@ -1,4 +1,4 @@
-"""Writes the trained `emoji-sd` as the folder that ships: stock layout, fp16 safetensors, reference pictures."""
+"""Writes a trained emoji model as the folder that ships: stock layout, fp16 safetensors, reference pictures."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from . import emoji_models as models
+from ..pipelines.emoji_reference import Reference
 
 EXAMPLES = ("a fox on a blue background", "a banana on a purple background", "an owl on an orange background")
 
@@ -36,31 +35,36 @@ def correct(config: Path, **changes) -> None:
     config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
-def export_pipeline(out: Path, model, data, work: Path, steps: int, guidance: float) -> None:
-    """Write U-Net, text encoder, tokenizer, autoencoder and scheduler, `reference/` and `attnswap.json` to `out`."""
-    autoencoder = data.autoencoder()
-    autoencoder.load_state_dict(load_file(work / "decoder.safetensors"))
-    pipe = models.build_pipeline(model.unet, model.text_encoder, data.tokenizer, autoencoder)
+def export_pipeline(
+    out: Path, pipe, reference: Reference, clip_files: Path, steps: int, guidance: float, **more
+) -> None:
+    """Write a pipeline's parts in half precision, `reference/` and `attnswap.json` to `out`.
+
+    Args:
+        clip_files: the folder `build_tokenizer` wrote. CLIP's own two files are read by every Transformers version and
+            need no second copy of the vocabulary.
+        steps, guidance: recorded as the defaults.
+        more: further keys of `attnswap.json`.
+    """
     pipe.to(dtype=torch.float16).save_pretrained(out, safe_serialization=True)
-    # CLIP's own two files are read by every Transformers version and need no second copy of the vocabulary.
     shutil.rmtree(out / "tokenizer")
-    shutil.copytree(work / "tokenizer", out / "tokenizer")
-    # Transformers loads what was saved in half precision as half, beside a U-Net that Diffusers loads as float32.
-    correct(out / "text_encoder" / "config.json", dtype="float32")
-    # Diffusers writes this derived value, derives it again on loading, and warns about the one in the file.
-    correct(out / "vae" / "config.json", block_out_channels=None)
-    data.reference.save(out / "reference")
+    shutil.copytree(clip_files, out / "tokenizer")
+    # Transformers loads what was saved in half precision as half, beside a denoiser that Diffusers loads as float32.
+    for config in out.glob("text_encoder*/config.json"):
+        correct(config, dtype="float32")
+    # Diffusers writes this derived value, derives it again on loading, and warns about the one in the file; and it
+    # writes where an autoencoder was loaded from.
+    correct(out / "vae" / "config.json", block_out_channels=None, _name_or_path=None)
+    reference.save(out / "reference")
     about = {
-        "native_side": data.reference.side,
+        "native_side": reference.side,
         "steps": steps,
         "guidance": guidance,
-        "description": f"{len(data.reference.names)} animals, plants and food as emoji, on "
-        f"{len(data.reference.colours)} coloured backgrounds; for trying, testing and measuring",
+        "description": f"{len(reference.names)} animals, plants and food as emoji, on "
+        f"{len(reference.colours)} coloured backgrounds; for trying, testing and measuring",
         "licence": "Apache-2.0; drawings: Noto Color Emoji, SIL OFL 1.1",
         "examples": EXAMPLES,
         "reference": "reference",
-        # So small a U-Net needs its resolution-aware parts longer than published, and at 4x both throughout.
-        "methods": {"hidiffusion": {"t1": 1.0}},
-        "methods_from": {"4": {"hidiffusion": {"t1": 1.0, "t2": 1.0}}},
+        **more,
     }
     (out / "attnswap.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")

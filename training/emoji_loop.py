@@ -1,4 +1,4 @@
-"""What the training loop of `emoji-sd` is made of: schedule, timesteps, weight average, checkpoints, CPU threads."""
+"""What the training loops of the emoji models are made of: schedule, timesteps, average, checkpoints, CPU threads."""
 
 from __future__ import annotations
 

@@ -86,6 +86,69 @@ def tiny_sdxl(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_flux(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random FluxPipeline: 2x autoencoder, so 4 px a token; one double block and two single ones."""
+    from attnswap.training.emoji_flux_models import build_t5_tokenizer
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+
+    torch.manual_seed(2)
+    clip = CLIPTextConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    t5_tokenizer = build_t5_tokenizer(["a fox", "picture"])
+    t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 2, 2),
+    )
+    with (
+        torch.no_grad()
+    ):  # random attention is near a plain mean; this one chooses, so that there is something to learn
+        for name, layer in transformer.named_modules():
+            if name.endswith((".to_v", ".norm_q", ".norm_k")):
+                layer.weight *= 3
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        shift_factor=0.1,
+        scaling_factor=0.4,
+    )
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=CLIPTextModel(clip),
+        tokenizer=CLIPTokenizer.from_pretrained(tiny_sd / "tokenizer"),
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-flux"
+    pipe.save_pretrained(folder)
+    (folder / "attnswap.json").write_text('{"max_sequence_length": 16}')
+    return folder
+
+
 def write_pictures(folder: Path, count: int = 6, size: tuple[int, int] = (80, 64)) -> Path:
     """Random pictures of (width, height) with a metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
