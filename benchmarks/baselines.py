@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from .registry import Case, Contender, Inputs, Prepared
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # The math backend keeps the whole score matrix: out of reach at GPU sizes, the plain alternative on a CPU.
 SDPA_BACKENDS: Mapping[str, Mapping[str, SDPBackend]] = {
@@ -47,17 +51,21 @@ def dense_sdpa(device: torch.device) -> tuple[Contender, ...]:
     )
 
 
-def flex_attention(inputs: Inputs, mask_mod: MaskMod) -> Prepared:
-    """Compiled FlexAttention over the tokens in their own order; compiling and the block mask are not timed."""
+def flex_attention(inputs: Inputs, mask_mod: MaskMod, block_mask: BlockMask | None = None) -> Prepared:
+    """Compiled FlexAttention over the tokens in their own order; compiling and the block mask are not timed.
+
+    `block_mask` is made from `mask_mod` where it is None, which looks at every pair of tokens.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    tensors = heads_first(inputs["query"], inputs["key"], inputs["value"])
-    tokens = tensors[0].shape[2]
+    query, key, value = heads_first(inputs["query"], inputs["key"], inputs["value"])
     # Each size compiles anew. Without the reset, the limit on recompiling is reached after some cases.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    mask = create_block_mask(mask_mod, B=None, H=None, Q_LEN=tokens, KV_LEN=tokens, device=tensors[0].device)
+    if block_mask is None:
+        queries, keys = query.shape[2], key.shape[2]
+        block_mask = create_block_mask(mask_mod, B=None, H=None, Q_LEN=queries, KV_LEN=keys, device=query.device)
     return Prepared(
-        call=lambda: compiled(*tensors, block_mask=mask),
+        call=lambda: compiled(query, key, value, block_mask=block_mask),
         restore=lambda output: output.transpose(1, 2),
     )

@@ -11,30 +11,31 @@ import torch
 from .registry import Benchmark, Case
 from .result import Growth, Measurement, Record
 
-# Below this size, what a call costs at any size still shows. A line through two points says nothing about its fit.
-SMALLEST, FEWEST_POINTS = 16384, 3
+# A line through two points says nothing about its fit.
+FEWEST_POINTS = 3
 
 
 def growths(records: Iterable[Record]) -> tuple[Growth, ...]:
-    """The exponent of each contender's median time, by least squares on logarithms, from `SMALLEST` up."""
+    """The exponent of each contender's median time, from the size up that the series is fitted from."""
     points: dict[tuple[str, str, str, str], list[tuple[int, float]]] = {}
     for record in records:
-        if record.series is None or record.size is None or record.size < SMALLEST:
+        if record.series is None or record.size is None or record.size < record.fit_from:
             continue
         for measurement in record.measurements:
             if measurement.median_ms:
                 key = (record.benchmark, record.series, record.dtype, measurement.contender)
                 points.setdefault(key, []).append((record.size, measurement.median_ms))
     return tuple(
-        Growth(*key, _slope(found), min(found)[0], max(found)[0])
+        Growth(*key, exponent(found), min(found)[0], max(found)[0])
         for key, found in points.items()
         if len(found) >= FEWEST_POINTS
     )
 
 
-def _slope(points: Sequence[tuple[int, float]]) -> float:
-    sizes, times = zip(*points, strict=True)
-    return statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, times))).slope
+def exponent(points: Sequence[tuple[int, float]]) -> float:
+    """Of the power law through (size, quantity), by least squares on logarithms."""
+    sizes, amounts = zip(*points, strict=True)
+    return statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, amounts))).slope
 
 
 def too_long(

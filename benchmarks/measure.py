@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -33,6 +33,23 @@ def measure_case(
     `known` has measurements, by contender, that need not or cannot be made.
     """
     contenders = benchmark.contenders(device)
+    found = _measure(contenders, benchmark, case, dtype, device, seconds=seconds, known=known)
+    return tuple(
+        replace(measurement, flops=contender.flops(case)) if contender.flops else measurement
+        for contender, measurement in zip(contenders, found, strict=True)
+    )
+
+
+def _measure(
+    contenders: Sequence[Contender],
+    benchmark: Benchmark,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seconds: float,
+    known: Mapping[str, Measurement],
+) -> tuple[Measurement, ...]:
     try:
         clock = clock_for(device)
         inputs = benchmark.make_inputs(case, dtype, device, SEED)
@@ -77,6 +94,7 @@ def _try(
             _poison(inputs)
             with prepared.around():
                 output = prepared.call()
+            density = prepared.density() if prepared.density else None
             clock.synchronize()  # a kernel that breaks is to be blamed here, not at the next contender
             # Dense attention computes something else; it is a baseline for time and PyTorch's own.
             error, limit = (
@@ -90,7 +108,9 @@ def _try(
         except Exception as failure:
             notes = "; ".join(dict.fromkeys(str(warning.message).splitlines()[0] for warning in caught))
             return _failed(contender, _reason(failure, notes)), None
-    found = Measurement(contender.name, contender.role, "ok", error=error, error_limit=limit, peak_bytes=peak)
+    found = Measurement(
+        contender.name, contender.role, "ok", error=error, error_limit=limit, peak_bytes=peak, density=density
+    )
     if error is not None and limit is not None and not error <= limit:  # NaN is wrong too
         reason = f"error {error:.2g} against the reference, {limit:.2g} allowed"
         return replace(found, status="wrong", reason=reason), None

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from .result import FIT_FROM
+
+if TYPE_CHECKING:
+    from .result import Record, Target
 
 Inputs = Mapping[str, Any]
 Kind = Literal["op", "model"]
@@ -28,10 +33,14 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Scale:
-    """Where a case stands in a series of cases that differ in `size` alone, such as the number of tokens."""
+    """Where a case stands in a series of cases that differ in `size` alone, such as the number of tokens.
+
+    How time grows along the series is fitted to the sizes from `fit_from` up.
+    """
 
     series: str
     size: int
+    fit_from: int = FIT_FROM
 
 
 @dataclass(frozen=True)
@@ -62,23 +71,27 @@ class Unavailable(Exception):
 class Prepared:
     """A contender ready to be timed: only `call` is; `around` is entered outside the timed region at every call.
 
-    `restore` brings what `call` returned into the layout of the op's own output, for the check.
+    `restore` brings what `call` returned into the layout of the op's own output, for the check. `density` is the share
+    of dense attention's query-key pairs that the latest call computed, where it is known.
     """
 
     call: Callable[[], Any]
     restore: Callable[[Any], torch.Tensor] = field(default=lambda output: output)
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    density: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
 class Contender:
     """`order`: its time grows as size ** order along a series. Given, a call that would take too long is not made, and
-    its time is extrapolated."""
+    its time is extrapolated. `flops`: the floating-point operations that it executes for a case, where they are
+    counted."""
 
     name: str
     role: Role
     prepare: Callable[[Case, Inputs], Prepared]
     order: float | None = None
+    flops: Callable[[Case], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,8 @@ class Check:
 class Benchmark:
     """A benchmark: cases, inputs, contenders. A model has no `cost` and no `check`: it is compared by time alone.
 
-    With `memory`, the peak memory of each contender is measured too.
+    With `memory`, the peak memory of each contender is measured too. `targets` says of what was measured on a device
+    (as `machine.describe_device` describes it) whether it is what was aimed at.
     """
 
     name: str
@@ -108,6 +122,7 @@ class Benchmark:
     check: Callable[[Case, Inputs], Check] | None = None
     kind: Kind = "op"
     memory: bool = False
+    targets: Callable[[Sequence[Record], Mapping[str, Any]], Sequence[Target]] | None = None
 
 
 class Registry:
@@ -142,6 +157,6 @@ class Registry:
 
 def default_registry() -> Registry:
     """Every op that has a benchmark. A new op adds its module here."""
-    from . import linear_attention, window_attention
+    from . import linear_attention, local_attention, window_attention
 
-    return Registry([window_attention.BENCHMARK, linear_attention.BENCHMARK])
+    return Registry([window_attention.BENCHMARK, linear_attention.BENCHMARK, local_attention.BENCHMARK])

@@ -8,7 +8,20 @@ from pathlib import Path
 
 from .machine import ROOT
 from .result import Measurement, Record, Result
-from .table import LEGEND, case_title, cells, growth_line, has_row, headings, not_timed
+from .table import (
+    LEGEND,
+    WORK_HEADINGS,
+    WORK_LEGEND,
+    case_title,
+    cells,
+    growth_line,
+    has_row,
+    has_work,
+    headings,
+    not_timed,
+    target_line,
+    work_rows,
+)
 
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = ("cpu-*.json", "gpu-*.json", "model-*.json")
@@ -47,9 +60,13 @@ METHOD = f"""\
   Peak and bandwidth are measured in the same run, with a large matrix product of the same dtype and a large copy; no
   data sheet is involved. Exponentials are left out, so that 100% is out of reach. Linear attention on a GPU is bound by
   the bandwidth, so that there the share of the ideal is the share of the bandwidth.
+- **Work.** Circular local attention computes whole tiles and throws away what lies outside of the circle. For it, the
+  operations that a backend executes are counted, as for FlexAttention the blocks of 128 x 128 tokens of which any is
+  in sight. FlexAttention and dense attention get the same tensors, 512 text tokens before the grid. FlexAttention's
+  mask is in the form that it runs fastest on a CPU (coordinates looked up), on a GPU in the published one.
 - **Memory.** Peak MiB is the most that PyTorch's allocator holds during a call beyond the inputs, output included.
 - **Growth.** Where cases differ in the number of tokens alone, the exponent of a power law is fitted to the
-  medians from 16384 tokens up, by least squares on logarithms.
+  medians from 16384 tokens up (4096 for local attention), by least squares on logarithms.
 - **Extrapolated.** Dense attention is not called where a call is expected to take more than 10 s on a CPU or 1 s on a
   GPU. Its row then has the time of the largest case measured, times the square of the ratio of the tokens, and says so.
   No ratio is taken against it.
@@ -58,7 +75,9 @@ METHOD = f"""\
   settings that the model ships. Swapping in and out is not timed; only time is compared.
 - **Nothing dropped.** A contender that could not run stands below its table with the reason.
 
-{LEGEND}"""
+{LEGEND}
+
+{WORK_LEGEND}"""
 
 NO_GPU = """\
 ## GPU
@@ -121,10 +140,12 @@ def _section_lines(result: Result) -> Iterator[str]:
         for record in result.records:
             if record.benchmark == benchmark:
                 yield from _case_lines(record)
-        growths = [growth_line(growth) for growth in result.growths if growth.benchmark == benchmark]
-        if growths:
+        yield from _work_lines([r for r in result.records if r.benchmark == benchmark and has_work(r)])
+        remarks = [growth_line(growth) for growth in result.growths if growth.benchmark == benchmark]
+        remarks += [target_line(target) for target in result.targets if target.benchmark == benchmark]
+        if remarks:
             yield ""
-            yield from (f"- {line}" for line in growths)
+            yield from (f"- {line}" for line in remarks)
     if result.cut:
         yield from ("", "Left out:", "")
         yield from (f"- {cut.benchmark}, {cut.case}, {cut.dtype}: {cut.reason}" for cut in result.cut)
@@ -141,6 +162,16 @@ def _case_lines(record: Record) -> Iterator[str]:
     if untimed:
         yield ""
         yield from (f"- {not_timed(measurement)}" for measurement in untimed)
+
+
+def _work_lines(records: Sequence[Record]) -> Iterator[str]:
+    if not records:
+        return
+    yield from ("", "Executed and ideal work:", "")
+    yield _row(("case", "contender", *WORK_HEADINGS[1:]))
+    yield _row(("---", "---", *["---:"] * (len(WORK_HEADINGS) - 1)))
+    for record in records:
+        yield from (_row((record.case, *cells)) for cells in work_rows(record))
 
 
 def _emphasised(record: Record, measurement: Measurement) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 SCHEMA = 1
 TABLE_WIDTH = 100
+# Below this number of tokens, what a call costs at any size still shows.
+FIT_FROM = 16384
 # "wrong": the error is over the limit, so it was not timed. "unavailable": not meant to run on this machine or case.
 # "failed": it broke. "extrapolated": it would take too long. The reason says why.
 Status = Literal["ok", "wrong", "unavailable", "failed", "extrapolated"]
@@ -20,7 +22,9 @@ Status = Literal["ok", "wrong", "unavailable", "failed", "extrapolated"]
 class Measurement:
     """One contender on one case. Errors are ‖out − exact‖ / ‖exact‖; None where nothing was checked.
 
-    `peak_bytes` is what a call allocates at most, its output included. `extrapolated_ms` was not measured.
+    `peak_bytes` is what a call allocates at most, its output included. `extrapolated_ms` was not measured. `flops` are
+    the operations that the contender executes, where they are counted; `density` is the share of dense attention's
+    query-key pairs that a model computes.
     """
 
     contender: str
@@ -35,6 +39,8 @@ class Measurement:
     error_limit: float | None = None
     peak_bytes: int | None = None
     extrapolated_ms: float | None = None
+    flops: float | None = None
+    density: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Record:
     ideal_ms: float | None = None
     series: str | None = None
     size: int | None = None
+    fit_from: int = FIT_FROM
 
     def fastest(self, role: str) -> Measurement | None:
         timed = [m for m in self.measurements if m.role == role and m.median_ms is not None]
@@ -69,6 +76,20 @@ class Record:
         if self.ideal_ms is None or not measurement.median_ms or measurement.role == "dense":
             return None
         return self.ideal_ms / measurement.median_ms
+
+    def excess(self, measurement: Measurement) -> float | None:
+        """Executed over ideal work."""
+        return measurement.flops / self.flops if measurement.flops and self.flops else None
+
+    def allowed(self, flops: float | None) -> float | None:
+        """The speed-up over dense attention that so much work allows, if it runs as fast as dense attention's."""
+        dense = next((m.flops for m in self.measurements if m.role == "dense" and m.flops), None)
+        return dense / flops if dense and flops else None
+
+    def reached(self, measurement: Measurement, flops: float | None) -> float | None:
+        """The share of that speed-up that was measured."""
+        found, allowed = self.speedup(measurement, "dense"), self.allowed(flops)
+        return found / allowed if found and allowed else None
 
 
 @dataclass(frozen=True)
@@ -95,6 +116,16 @@ class Growth:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a benchmark aims at, what was found, and whether that is enough; None where nothing could be found."""
+
+    benchmark: str
+    aim: str
+    found: str
+    met: bool | None
+
+
+@dataclass(frozen=True)
 class Result:
     date: str
     device: Mapping[str, Any]
@@ -106,6 +137,7 @@ class Result:
     cut: tuple[Cut, ...] = ()
     tests: Mapping[str, Any] | None = None
     growths: tuple[Growth, ...] = ()
+    targets: tuple[Target, ...] = ()
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +153,8 @@ class Result:
         )
         cut = tuple(Cut(**cut) for cut in content["cut"])
         growths = tuple(Growth(**growth) for growth in content.get("growths", ()))
-        return cls(**{**content, "records": records, "cut": cut, "growths": growths})
+        targets = tuple(Target(**target) for target in content.get("targets", ()))
+        return cls(**{**content, "records": records, "cut": cut, "growths": growths, "targets": targets})
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Result:
@@ -147,6 +180,7 @@ class Result:
             records=self.records + other.records,
             cut=self.cut + other.cut,
             growths=self.growths + other.growths,
+            targets=self.targets + other.targets,
             ceilings={**other.ceilings, **self.ceilings},
         )
 

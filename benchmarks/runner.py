@@ -6,7 +6,8 @@ import argparse
 import datetime
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from .growth import growths, too_long
 from .machine import Ceiling
 from .measure import measure_case
 from .registry import DTYPES, Benchmark, Case, default_registry
-from .result import Cut, Record, Result
+from .result import FIT_FROM, Cut, Record, Result, Target
 
 # How long the contenders of one case are timed, all of them together.
 SECONDS_PER_CASE = {"cuda": 1.5, "cpu": 4.0}
@@ -97,6 +98,7 @@ def run_benchmarks(
                     ideal_ms=ceilings[name].ideal_ms(cost.flops, cost.bytes) if cost else None,
                     series=case.scale.series if case.scale else None,
                     size=case.scale.size if case.scale else None,
+                    fit_from=case.scale.fit_from if case.scale else FIT_FROM,
                 )
             )
             longest = max(longest, time.monotonic() - begun)
@@ -111,6 +113,18 @@ def run_benchmarks(
         records=tuple(records),
         cut=tuple(cut),
         growths=growths(records),
+        targets=_targets(benchmarks, records, described),
+    )
+
+
+def _targets(
+    benchmarks: Sequence[Benchmark], records: Sequence[Record], device: Mapping[str, Any]
+) -> tuple[Target, ...]:
+    return tuple(
+        target
+        for benchmark in benchmarks
+        if benchmark.targets
+        for target in benchmark.targets([r for r in records if r.benchmark == benchmark.name], device)
     )
 
 

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from .result import TABLE_WIDTH, Growth, Measurement, Record, Result
+from .result import TABLE_WIDTH, Growth, Measurement, Record, Result, Target
 
 HEADINGS = ("contender", "ms", "min … max", "vs dense", "vs same", "of ideal")
-PEAK = "peak MiB"
+PEAK, DENSITY = "peak MiB", "density"
 LEGEND = (
     "ms: median. vs dense, vs same: how many times faster than the fastest dense attention, and than the fastest "
     "code by others for the same result (its preparation not timed). of ideal: the time that this machine's measured "
-    "peak and bandwidth allow, as a share of the time taken. peak MiB: the most that a call allocates, output included."
+    "peak and bandwidth allow, as a share of the time taken. peak MiB: the most that a call allocates, output "
+    "included. density: the share of dense attention's query-key pairs that the layers of a method compute."
+)
+WORK_HEADINGS = ("work", "executed ÷ ideal", "vs dense", "work allows", "of that", "ideal allows", "of that")
+WORK_LEGEND = (
+    "work: the operations that a contender executes, over those that the result needs. work allows, ideal allows: the "
+    "speed-up over dense attention that the one or the other allows, run as fast as dense attention runs its own; "
+    "of that: the share that was measured."
 )
 _WIDTHS = (29, 9, 22, 10, 10, 10, 10)
+_WORK_WIDTHS = (29, 18, 10, 13, 9, 13, 8)
 
 
 def headings(record: Record) -> tuple[str, ...]:
     """Those of `cells`."""
-    return (*HEADINGS, PEAK) if _has_peaks(record) else HEADINGS
+    return (*HEADINGS, *[PEAK] * _has_peaks(record), *[DENSITY] * _has_densities(record))
 
 
 def case_title(record: Record) -> str:
@@ -42,7 +50,35 @@ def cells(record: Record, measurement: Measurement) -> tuple[str, ...]:
         _times(record.speedup(measurement, "same")),
         _percent(record.fraction_of_ideal(measurement)),
     )
-    return (*row, _mebibytes(measurement.peak_bytes)) if _has_peaks(record) else row
+    peak, density = _mebibytes(measurement.peak_bytes), _percent(measurement.density)
+    return (*row, *[peak] * _has_peaks(record), *[density] * _has_densities(record))
+
+
+def has_work(record: Record) -> bool:
+    """The operations that contenders execute were counted."""
+    return any(measurement.flops for measurement in record.measurements)
+
+
+def work_cells(record: Record, measurement: Measurement) -> tuple[str, ...]:
+    """One row under `WORK_HEADINGS`."""
+    return (
+        measurement.contender,
+        _times(record.excess(measurement)),
+        _times(record.speedup(measurement, "dense")),
+        _times(record.allowed(measurement.flops)),
+        _percent(record.reached(measurement, measurement.flops)),
+        _times(record.allowed(record.flops)),
+        _percent(record.reached(measurement, record.flops)),
+    )
+
+
+def work_rows(record: Record) -> list[tuple[str, ...]]:
+    """Dense attention is what all others are compared with, and has no row; nor has one that cannot run."""
+    return [
+        work_cells(record, measurement)
+        for measurement in record.measurements
+        if measurement.flops and measurement.role != "dense" and has_row(measurement)
+    ]
 
 
 def has_row(measurement: Measurement) -> bool:
@@ -55,8 +91,18 @@ def growth_line(growth: Growth) -> str:
     return f"{which}: time grows as size ^ {growth.exponent:.2f} from {growth.smallest} to {growth.largest}"
 
 
+def target_line(target: Target) -> str:
+    """What was aimed at, and what was found."""
+    verdict = {True: "met", False: "missed", None: "open"}[target.met]
+    return f"target {verdict}: {target.aim}; {target.found}"
+
+
 def _has_peaks(record: Record) -> bool:
     return any(measurement.peak_bytes is not None for measurement in record.measurements)
+
+
+def _has_densities(record: Record) -> bool:
+    return any(measurement.density is not None for measurement in record.measurements)
 
 
 def not_timed(measurement: Measurement) -> str:
@@ -84,9 +130,13 @@ def _text_lines(result: Result) -> Iterator[str]:
                     yield from textwrap.wrap(
                         not_timed(measurement), TABLE_WIDTH, initial_indent="  ", subsequent_indent="    "
                     )
+        yield from _work_lines([record for record in records if has_work(record)])
         for growth in result.growths:
             if growth.benchmark == benchmark:
                 yield from textwrap.wrap(growth_line(growth), TABLE_WIDTH, subsequent_indent="    ")
+        for target in result.targets:
+            if target.benchmark == benchmark:
+                yield from textwrap.wrap(target_line(target), TABLE_WIDTH, subsequent_indent="    ")
     if result.cut:
         yield ""
         for cut in result.cut:
@@ -94,10 +144,22 @@ def _text_lines(result: Result) -> Iterator[str]:
             yield from textwrap.wrap(line, TABLE_WIDTH, subsequent_indent="    ")
     yield ""
     yield from textwrap.wrap(LEGEND, TABLE_WIDTH)
+    if any(has_work(record) for record in result.records):
+        yield from textwrap.wrap(WORK_LEGEND, TABLE_WIDTH)
 
 
-def _columns(texts: tuple[str, ...]) -> str:
-    first, *rest = zip(texts, _WIDTHS, strict=False)
+def _work_lines(records: Sequence[Record]) -> Iterator[str]:
+    if not records:
+        return
+    yield ""
+    yield _columns(WORK_HEADINGS, _WORK_WIDTHS)
+    for record in records:
+        yield f"{record.case} · {record.dtype}"
+        yield from (_columns((f"  {name}", *rest), _WORK_WIDTHS) for name, *rest in work_rows(record))
+
+
+def _columns(texts: tuple[str, ...], widths: Sequence[int] = _WIDTHS) -> str:
+    first, *rest = zip(texts, widths, strict=False)
     return (f"{first[0]:<{first[1]}}" + "".join(f"{text:>{width}}" for text, width in rest)).rstrip()
 
 

@@ -26,7 +26,7 @@ def cuda(monkeypatch, doubling):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Imaginary 1")
     passed = {"summary": "3 passed", "exit_status": 0, "failures": [], "seconds": 1.0, "command": "pytest"}
-    stand_in = SimpleNamespace(tests=passed, ours=lambda x: x * 2, budgets=[])
+    stand_in = SimpleNamespace(tests=passed, ours=lambda x: x * 2, budgets=[], models=[])
 
     def time_ops(budget_s):
         stand_in.budgets.append(budget_s)
@@ -34,8 +34,9 @@ def cuda(monkeypatch, doubling):
 
     monkeypatch.setattr(gpu, "run_tests", lambda folder, timeout_s: stand_in.tests)
 
-    def time_model(result, budget_s):
+    def time_model(result, model, budget_s):
         stand_in.budgets.append(budget_s)
+        stand_in.models.append(model)
         return result
 
     monkeypatch.setattr(gpu, "time_ops", time_ops)
@@ -48,7 +49,10 @@ def test_with_cuda_tests_and_timings_go_into_one_json(cuda, tmp_path):
     result = Result.read(tmp_path / "gpu.json")
     assert result.tests == cuda.tests
     assert len(result.records) == 1
-    assert 100 >= cuda.budgets[0] > cuda.budgets[1] > 0
+    assert cuda.models == list(gpu.MODELS)
+    # Nothing takes any time here: each gets its share of all that is left.
+    shares = (gpu.OPS_SHARE, 0.5, 1)
+    assert all(0.9 < given / (100 * share) <= 1 for given, share in zip(cuda.budgets, shares, strict=True))
 
 
 def test_failing_tests_exit_1_and_the_json_is_still_written(cuda, tmp_path):
@@ -74,7 +78,7 @@ def of_ops(doubling):
     return runner.run_benchmarks([doubling(ours=lambda x: x * 2)], device="cpu", quick=True)
 
 
-def test_the_bundled_model_is_timed_after_the_operations(of_ops, doubling, monkeypatch):
+def test_a_bundled_model_is_timed_after_the_operations(of_ops, doubling, monkeypatch):
     asked = []
 
     def run(model, **how):
@@ -82,7 +86,7 @@ def test_the_bundled_model_is_timed_after_the_operations(of_ops, doubling, monke
         return runner.run_benchmarks([doubling(ours=lambda x: x * 2)], device="cpu", quick=True)
 
     monkeypatch.setattr(models, "run", run)
-    both = gpu.time_model(of_ops, 50.0)
+    both = gpu.time_model(of_ops, "emoji-sd", 50.0)
     assert asked == [("emoji-sd", "cuda", 50.0)]
     assert len(both.records) == 2
     assert both.records[0] == of_ops.records[0]
@@ -90,7 +94,7 @@ def test_the_bundled_model_is_timed_after_the_operations(of_ops, doubling, monke
 
 def test_without_diffusers_the_model_is_left_out_with_the_reason(of_ops, monkeypatch):
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    (cut,) = gpu.time_model(of_ops, 50.0).cut
+    (cut,) = gpu.time_model(of_ops, "emoji-sd", 50.0).cut
     assert (cut.benchmark, cut.reason) == ("emoji-sd", "diffusers is not installed")
 
 

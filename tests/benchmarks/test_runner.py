@@ -35,7 +35,8 @@ def grown(result):
 def test_the_schema_of_the_json_is_stable(result):
     content = result.to_dict()
     assert set(content) == {
-        *("schema", "date", "device", "versions", "commit", "quick", "ceilings", "records", "cut", "tests", "growths")
+        *("schema", "date", "device", "versions", "commit", "quick", "ceilings", "records", "cut", "tests", "growths"),
+        "targets",
     }
     assert content["schema"] == 1
     assert set(content["device"]) == {"type", "name", "threads", "cores", "load_average"}
@@ -43,11 +44,24 @@ def test_the_schema_of_the_json_is_stable(result):
     assert set(content["ceilings"]["float32"]) == {"flops_per_second", "bytes_per_second"}
     (record,) = content["records"]
     assert set(record) == {
-        *("benchmark", "kind", "case", "shape", "dtype", "measurements", "flops", "bytes", "ideal_ms", "series", "size")
+        *(
+            "benchmark",
+            "kind",
+            "case",
+            "shape",
+            "dtype",
+            "measurements",
+            "flops",
+            "bytes",
+            "ideal_ms",
+            "series",
+            "size",
+        ),
+        "fit_from",
     }
     assert set(record["measurements"][0]) == {
         *("contender", "role", "status", "reason", "median_ms", "min_ms", "max_ms", "rounds", "error", "error_limit"),
-        *("peak_bytes", "extrapolated_ms"),
+        *("peak_bytes", "extrapolated_ms", "flops", "density"),
     }
 
 
