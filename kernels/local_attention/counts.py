@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
-import torch
-
-from .eager import tile_shape
+from .eager import CPU_TILE
 from .geometry import covers, gaps, spans, squared_reach
 
 # Tiles of the Triton kernel on the GPUs that hold the largest ones.
@@ -48,7 +46,7 @@ def executed_pairs(backend: str, grid: tuple[int, int], radius: float, *, dense:
             return tokens * tokens + _others(grid, dense, pooled)
         by_axis = (
             sum(tile.queries * tile.keys for tile in spans(0, length, size, length, radius))
-            for length, size in zip(grid, tile_shape(grid, torch.device("cpu")), strict=True)
+            for length, size in zip(grid, CPU_TILE, strict=True)
         )
         return math.prod(by_axis) + _others(grid, dense, pooled)
     if backend != "triton":

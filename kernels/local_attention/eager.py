@@ -21,9 +21,8 @@ from torch import Tensor
 from .geometry import Span, alike, circle, covers, spans
 
 # Rows and columns of a tile of queries. On a CPU, of 4 x 8 to 64 x 64, 8 x 8 was the fastest or close to it at every
-# radius and grid tried, and below so many tokens one tile for all. Elsewhere a tile costs launches.
+# radius and grid tried. Elsewhere a tile costs launches.
 CPU_TILE, DEVICE_TILE = (8, 8), (16, 16)
-ONE_TILE = 256
 # Scores in memory at once, where they are not left to a fused attention.
 CPU_CHUNK, DEVICE_CHUNK = 2**20, 2**26
 
@@ -101,7 +100,7 @@ def grid_queries(
     by_place = (rows[1] - rows[0], width)
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     lse = query.new_empty((query.shape[0], query.shape[2], *by_place), dtype=accumulator(query))
-    tile = tile_shape(grid, query.device)
+    tile = tile_shape(query.device)
     bias = functools.lru_cache(maxsize=64)(functools.partial(circle_bias, radius=radius, like=lse))
     for sample in range(query.shape[0]):
         queries, outputs = (x[sample].unflatten(0, by_place) for x in (query, out))
@@ -195,10 +194,8 @@ def split_keys(
     return near, Keys(key, value, hidden).to(accumulator(key)) if len(key) else None
 
 
-def tile_shape(grid: tuple[int, int], device: torch.device) -> tuple[int, int]:
+def tile_shape(device: torch.device) -> tuple[int, int]:
     """Rows and columns of a tile of queries."""
-    if grid[0] * grid[1] <= ONE_TILE:
-        return grid
     return CPU_TILE if device.type == "cpu" else DEVICE_TILE
 
 

@@ -136,7 +136,7 @@ def accumulate(queries: Queries, keys: KeyValues, scale: float, bias: Tensor | N
 def accumulate_near(queries: Queries, keys: KeyValues, grid: tuple[int, int], radius: float, scale: float) -> None:
     """`accumulate` for grid queries and the grid keys inside their circles, by strips of columns as forward."""
     height, width = grid
-    tile = tile_shape(grid, queries.query.device)
+    tile = tile_shape(queries.query.device)
     bias = functools.lru_cache(maxsize=64)(functools.partial(circle_bias, radius=radius, like=queries.query))
     for columns in spans(0, width, tile[1], width, radius):
         own, seen = slice(columns.start, columns.stop), slice(columns.key_start, columns.key_stop)

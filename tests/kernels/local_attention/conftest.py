@@ -8,7 +8,6 @@ import pytest
 import torch
 from attnswap import kernels
 from attnswap.kernels import dispatch
-from attnswap.kernels.local_attention import eager
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,14 +20,8 @@ BACKENDS = [
 ]
 
 
-@pytest.fixture
-def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The eager backend cuts small grids, too."""
-    monkeypatch.setattr(eager, "ONE_TILE", 0)
-
-
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, many_tiles: None) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with kernels.use_backend(request.param):
         yield request.param
 

@@ -26,13 +26,13 @@ def attend(query, key, value, pooled_key=None, pooled_value=None, **call):
 
 @pytest.mark.parametrize("pooled", [0, 2])
 @pytest.mark.parametrize("radius", [1.5, 100])
-def test_gradients_are_right(tensors, many_tiles, pooled, radius):
+def test_gradients_are_right(tensors, pooled, radius):
     call = {"grid": (2, 9), "grid_offset": 1, "radius": radius}
     inputs = [x.requires_grad_() for x in tensors(20, pooled=pooled, head_dim=2, dtype=torch.float64)]
     assert torch.autograd.gradcheck(lambda *tensors: attend(*tensors, **call), inputs)
 
 
-def test_gradients_are_right_with_masked_keys_and_queries_without_keys(tensors, many_tiles):
+def test_gradients_are_right_with_masked_keys_and_queries_without_keys(tensors):
     inputs = [x.requires_grad_() for x in tensors(12, head_dim=2, dtype=torch.float64)]
     mask = torch.tensor([[False] * 6 + [True] * 6])
     call = {"grid": (3, 4), "grid_offset": 0, "radius": 1.2, "key_mask": mask}
@@ -51,7 +51,7 @@ def test_a_masked_key_gets_no_gradient_and_spoils_none(tensors):
     assert (value.grad[~mask] == 0).all()
 
 
-@pytest.mark.parametrize(("grid", "radius"), [((20, 19), 5), ((9, 30), 8), ((7, 6), 3)], ids=str)
+@pytest.mark.parametrize(("grid", "radius"), [((20, 19), 5), ((9, 30), 8)], ids=str)
 def test_gradients_over_many_tiles_are_those_of_the_definition(tensors, masked, visible, grid, radius):
     inputs = tensors(3 + grid[0] * grid[1] + 2, pooled=4, batch=2, heads=2)
     mask = visible(grid, radius, before=3, after=2, pooled=4)

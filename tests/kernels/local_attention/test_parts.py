@@ -14,7 +14,7 @@ REST = {"radius": RADIUS, "scale": 0.25}
 
 
 @pytest.fixture(params=["eager", "triton"])
-def halves(request, many_tiles):
+def halves(request):
     if request.param == "triton" and not dispatch.triton_interprets():
         pytest.skip("TRITON_INTERPRET is not set")
     return importlib.import_module(f"attnswap.kernels.local_attention.{request.param}")
