@@ -160,7 +160,7 @@ class Installation:
     def _begin(self, call: Call) -> None:
         if not self._arm():
             return
-        self.recorder.denoiser_calls += 1
+        self.recorder.begin()
         if (parallel := ContextParallel.of(self.model)) is not None:
             exchanged = f"accelerated layers exchange heads for tokens over {parallel.ranks} ranks"
             self.recorder.remarks["parallel"] = f"context parallel: {exchanged}"

@@ -270,11 +270,15 @@ def _weakly(target: Any) -> Callable[[], Any]:
 
 
 def _carrier_child(model: nn.Module) -> nn.Module:
-    """A module outside the repeated blocks that nobody else hooks: one without tensors, else the first child."""
+    """A module outside the repeated blocks that nobody else hooks: one without tensors, else the first child.
+
+    Not one whose positions a method may change: in a copy of the model a hooked forward is still the original's.
+    """
     children = [child for child in model.children() if not isinstance(child, nn.ModuleList)]
     for child in children:
         for module in child.modules():
-            if not any(True for _ in (*module.parameters(), *module.buffers(), *module.children())):
+            own = any(True for _ in (*module.parameters(), *module.buffers(), *module.children()))
+            if not own and not hasattr(module, "theta"):
                 return module
     for child in children:
         if any(True for _ in child.parameters()):

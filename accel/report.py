@@ -65,6 +65,7 @@ class LayerRecord:
     planned_pairs: int = 0
     planned_dense_pairs: int = 0
     seen_calls: int = 0
+    in_graph: bool = False
 
     def counted(self) -> LayerRecord:
         """With the calls that no layer could count because they ran inside a compiled graph, as they were planned."""
@@ -94,17 +95,25 @@ class Recorder:
     denoiser_calls: int = 0
     _warned: bool = False
 
+    def begin(self) -> None:
+        """Count one denoiser call."""
+        self.denoiser_calls += 1
+        for record in self.layers.values():
+            record.in_graph = False
+
     def plan(self, layer: str, *, pairs: int, dense_pairs: int) -> None:
         """Note what a layer is going to do in a compiled graph, where it cannot count."""
         record = self.layers[layer]
+        record.in_graph = True
         record.planned_calls += 1
         record.planned_pairs += pairs
         record.planned_dense_pairs += dense_pairs
 
-    def count(self, layer: str, *, pairs: int, dense_pairs: int, accelerated: bool, planned: bool) -> None:
+    def count(self, layer: str, *, pairs: int, dense_pairs: int, accelerated: bool) -> None:
         """Count one attention call that computed `pairs` of its `dense_pairs` query-key pairs."""
         record = self.layers[layer]
-        record.seen_calls += planned
+        # Where compilation is off for a while, a call that was planned for a graph is counted here after all.
+        record.seen_calls += record.in_graph
         if accelerated:
             record.accelerated_calls += 1
         else:

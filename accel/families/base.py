@@ -95,7 +95,6 @@ class Slot:
             pairs=batch * (dense if pairs is None else pairs),
             dense_pairs=batch * dense,
             accelerated=pairs is not None,
-            planned=self.layout.plan is not None,
         )
 
 

@@ -298,6 +298,17 @@ def test_a_copy_of_an_enabled_model_is_enabled_and_its_own() -> None:
     assert torch.equal(run(twin, inputs), stock)
 
 
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+def test_a_copy_keeps_its_stretched_positions_when_the_original_is_disabled(name: str) -> None:
+    case = CASES[name]
+    model, inputs = case.make(), case.inputs(GRID, TEXT, 1)
+    handle = attnswap.enable(model, attnswap.Clear(radius=2, ntk_factor=4.0))
+    stretched, twin = run(model, inputs), copy.deepcopy(model)
+    handle.disable()
+    assert not torch.equal(run(model, inputs), stretched)
+    assert torch.equal(run(twin, inputs), stretched)
+
+
 def test_z_image_has_no_setter_of_its_own_and_is_handed_its_processors_all_the_same() -> None:
     case = CASES["z_image"]
     model, inputs = case.make(), case.inputs(GRID, TEXT, 1)
