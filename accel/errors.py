@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UnsupportedModel(ValueError):
-    """The method cannot apply to any layer of this model; the message names the model and what is supported."""
+    """A method, or several together, cannot apply to any layer of this model; the message names what is supported."""
 
 
 class WeightsError(ValueError):

@@ -247,7 +247,8 @@ def check_combination(configs: Sequence[Config]) -> None:
     """Refuse methods that make no sense together.
 
     Raises:
-        ValueError: naming the pair.
+        ValueError: without any.
+        UnsupportedModel: naming the pair.
     """
     names = [config.name for config in configs]
     if not names:
@@ -255,9 +256,11 @@ def check_combination(configs: Sequence[Config]) -> None:
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             if first == second:
-                raise ValueError(f"{first} is given twice")
+                raise UnsupportedModel(f"{first} is given twice")
             if second not in STRATEGIES[first].yields_to and first not in STRATEGIES[second].yields_to:
-                raise ValueError(f"{first} and {second} cannot be combined: both decide what the same layers attend to")
+                raise UnsupportedModel(
+                    f"{first} and {second} cannot be combined: both decide what the same layers attend to"
+                )
 
 
 def installed_in(model: nn.Module) -> Installation | None:

@@ -32,10 +32,13 @@ def measure_case(
 
     `known` has measurements, by contender, that need not or cannot be made.
     """
+    case = replace(case, dtypes=(dtype,))  # what is executed may depend on it
     contenders = benchmark.contenders(device)
     found = _measure(contenders, benchmark, case, dtype, device, seconds=seconds, known=known)
     return tuple(
-        replace(measurement, flops=contender.flops(case)) if contender.flops else measurement
+        replace(measurement, flops=contender.flops(case))
+        if contender.flops and measurement.status != "unavailable"
+        else measurement
         for contender, measurement in zip(contenders, found, strict=True)
     )
 

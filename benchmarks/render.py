@@ -50,9 +50,9 @@ METHOD = f"""\
   form* of linear attention is that of LinFusion's code, in plain PyTorch. *Dense SDPA* is full attention over all
   tokens: another result, and what a stock pipeline runs.
 - **Right first.** Before it is timed, a contender is compared with the reference in higher precision, on the first
-  and the last head of the batch. Its relative error ‖out − exact‖ / ‖exact‖ may be at most twice that of plain
-  PyTorch in the same dtype; one that is over is reported as wrong and not timed. Dense SDPA is PyTorch's own and not
-  checked. Errors are in the JSON.
+  and the last head of the batch; local attention at about 64 tokens of these two heads. Its relative error
+  ‖out − exact‖ / ‖exact‖ may be at most twice that of plain PyTorch in the same dtype; one that is over is reported as
+  wrong and not timed. Dense SDPA is PyTorch's own and not checked. Errors are in the JSON.
 - **Median.** After a warm-up, the median of 5 to 100 calls, with the fastest and the slowest. On a GPU by CUDA
   events, with the L2 cache flushed before each call; on a CPU by the wall clock.
 - **The ideal.** The least floating-point operations (two matrix products per window, or with a D x D matrix per token)
@@ -67,9 +67,10 @@ METHOD = f"""\
 - **Memory.** Peak MiB is the most that PyTorch's allocator holds during a call beyond the inputs, output included.
 - **Growth.** Where cases differ in the number of tokens alone, the exponent of a power law is fitted to the
   medians from 16384 tokens up (4096 for local attention), by least squares on logarithms.
-- **Extrapolated.** Dense attention is not called where a call is expected to take more than 10 s on a CPU or 1 s on a
-  GPU. Its row then has the time of the largest case measured, times the square of the ratio of the tokens, and says so.
-  No ratio is taken against it.
+- **Extrapolated.** A contender that would take too long, more than 10 s a call on a CPU or 1 s on a GPU, is not called
+  there. Its row then has its time at the largest size measured, times the ratio of the tokens to the power given in the
+  JSON (dense attention 2, FlexAttention 1.5, the eager road of local attention on a GPU 1), and says so. No ratio is
+  taken against it.
 - **Whole models.** A table that names a model times one call of its denoiser at the first step of a run or, where it
   says so, a whole picture from prompt to pixels, at 8 times the side in 3 steps; stock against each method with the
   settings that the model ships. Swapping in and out is not timed; only time is compared.
@@ -89,6 +90,7 @@ REPRODUCE = """\
 ## How to reproduce
 
     attnswap bench --op linear_attention --json FILE      one operation, on the GPU where there is one, else the CPU
+                                                          (window_attention, linear_attention or local_attention)
     attnswap bench --model emoji-sd --method linfusion --json FILE      a model, with chosen methods or all
     python -m attnswap.benchmarks.runner --json FILE      all operations
     python benchmarks/gpu.py                              on a CUDA machine, from a checkout, without installing: the

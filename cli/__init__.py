@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 # Nothing heavy is imported before the arguments are understood: --help and wrong use answer at once.
 from . import bench, distill, doctor, generate, inspect
-from .common import Parser, Version, fail
+from .common import Parser, Version, fail, warnings_in_a_line
 
 __all__ = ["build_parser", "main"]
 
@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a console that lacks a character must not end the job
     options = build_parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        with warnings_in_a_line():
+            return int(options.run(options))
     except KeyboardInterrupt:
         return fail("interrupted; no file was left half-written.", 130)
     except BrokenPipeError:

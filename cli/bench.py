@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import quieten, split_names
+from .common import METHODS, MODELS, quieten, split_names
 
 
 def add(commands: Any) -> None:
@@ -18,8 +18,8 @@ def add(commands: Any) -> None:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--op", action="append", metavar="NAME", help="an op to time; again for more (default: all)")
-    what.add_argument("--model", metavar="MODEL", help="time this model instead: bundled name, folder or Hub id")
-    parser.add_argument("--method", metavar="NAME[,NAME]", help="with --model: these methods only (default: every one)")
+    what.add_argument("--model", metavar="MODEL", help=f"time this model instead: {MODELS}")
+    parser.add_argument("--method", metavar="NAME[,NAME]", help=f"with --model: {METHODS} (default: all)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="time every case in this dtype")
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds: not for quoting")

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+# Said here, as asking the packages for them would load torch before --help answers.
+MODELS = "emoji-sd, emoji-flux, a folder or a Hub id"
+METHODS = "clear, hidiffusion, linfusion"
 
 
 def split_names(text: str) -> list[str]:
@@ -27,6 +34,24 @@ def quieten(progress: bool) -> None:
     if not progress:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def warnings_in_a_line() -> Iterator[None]:
+    """Our own warnings look like the rest of what the command says; those of libraries show where they come from."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def showwarning(message: Any, category: type[Warning], *where: Any) -> None:
+            from ..accel.errors import AttnswapWarning
+
+            if issubclass(category, AttnswapWarning):
+                print(message, file=sys.stderr)
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = showwarning  # type: ignore[assignment]
+        yield
 
 
 def fail(message: str, status: int) -> int:

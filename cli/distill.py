@@ -11,7 +11,12 @@ METHODS = (distill_linfusion, distill_clear)
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("distill", help="train the weights of a method for a model of yours")
+    parser = commands.add_parser(
+        "distill",
+        help="train the weights of a method for a model of yours",
+        description="Train the weights of a method for a model, by the model's own example. The model stays as it is.",
+        epilog="Each has its own options: attnswap distill METHOD --help",
+    )
     methods = parser.add_subparsers(title="methods", metavar="METHOD", required=True)
     for method in METHODS:
         method.add(methods)

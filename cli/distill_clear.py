@@ -24,14 +24,26 @@ def add(methods: Any) -> None:
     data.add_argument(
         "--size", type=int, metavar="PX", help="pictures are as large as a square of this side (default: the model's)"
     )
-    for side in ("width", "height"):
+    for side, other in (("width", "height"), ("height", "width")):
         data.add_argument(
-            f"--{side}", type=sides, metavar="PX[,PX]", help=f"{side}s of the pictures (default: their own shapes)"
+            f"--{side}",
+            type=sides,
+            metavar="PX[,PX]",
+            help=f"{side}s of the pictures, one for each {other} (default: their own shapes)",
         )
-    data.add_argument("--guidance", type=float, metavar="X", help="told the model, where it asks (default: 3.5)")
+    data.add_argument(
+        "--guidance", type=float, metavar="X", help="guidance scale, for a model that takes it as input (default: 3.5)"
+    )
     training = add_training(parser)
-    training.add_argument("--radius", type=float, metavar="R", help="in tokens of 16 pixels in FLUX.1 (default: 16)")
-    training.add_argument("--down-factor", type=int, metavar="S", help="far field in cells of S tokens (default: none)")
+    training.add_argument(
+        "--radius",
+        type=float,
+        metavar="R",
+        help="how far a token sees, in tokens: 16 pixels in FLUX.1, 8 in emoji-flux (default: 16)",
+    )
+    training.add_argument(
+        "--down-factor", type=int, metavar="S", help="also see the rest, in cells of S x S tokens (default: not at all)"
+    )
     training.add_argument(
         "--every", type=int, metavar="N", help="compare every Nth layer with the teacher's (default: 4)"
     )

@@ -18,7 +18,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser, *, model: str) -> Any:
     """The group, for what a method has of its own; `model` is the default."""
     data = parser.add_argument_group("model and data")
-    data.add_argument("-m", "--model", default=model, help=f"bundled name, folder or Hub id (default: {model})")
+    data.add_argument("-m", "--model", default=model, help=f"a folder or a Hub id (default: {model})")
     data.add_argument("--variant", help='weight variant, such as "fp16"')
     data.add_argument(
         "--data",
@@ -61,6 +61,8 @@ def add_training(parser: argparse.ArgumentParser) -> Any:
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="weights in training stay fp32")
+    machine.add_argument(
+        "--mixed-precision", choices=("no", "fp16", "bf16"), help="the weights in training stay fp32 (default: no)"
+    )
     machine.add_argument("--gradient-checkpointing", action="store_true", default=None, help="slower: less memory")
     machine.add_argument("--cpu", action="store_true", default=None, help="train on the CPU")

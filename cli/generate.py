@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Listing, numbers, quieten, split_names
+from .common import METHODS, MODELS, Listing, numbers, quieten, split_names
 
 if TYPE_CHECKING:
     from ..pipelines.generate import Result
@@ -30,7 +30,8 @@ def add(commands: Any) -> None:
         usage="attnswap generate PROMPT [options]",
         help="make one picture from a prompt",
         description="Make one picture from a prompt. What is not given comes from the model's preset.",
-        epilog='example: attnswap generate "a fox" --width 256 --height 256 --method hidiffusion',
+        epilog='e.g. attnswap generate "a fox" --width 256 --height 256 --method hidiffusion\n'
+        '     attnswap generate "a fox" -m emoji-flux --method clear',
         formatter_class=Listing,
     )
     parser.add_argument("-o", "--output", metavar="FILE", help="PNG to write (default: attnswap-TIME-SEED.png)")
@@ -38,7 +39,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--report", metavar="FILE", help="also write a JSON report there ('-': standard output)")
 
     model = parser.add_argument_group("model")
-    model.add_argument("-m", "--model", help="bundled name, folder or Hub id (default: emoji-sd)")
+    model.add_argument("-m", "--model", help=f"{MODELS} (default: emoji-sd)")
     model.add_argument("--variant", help='weight variant, such as "fp16"')
     model.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help="auto, fp32, fp16 or bf16 (default: auto)")
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the accelerator, else the CPU)")
@@ -54,7 +55,7 @@ def add(commands: Any) -> None:
     )
 
     method = parser.add_argument_group("method")
-    method.add_argument("--method", metavar="NAME[,NAME]", help="what accelerates the attention (default: nothing)")
+    method.add_argument("--method", metavar="NAME[,NAME]", help=f"{METHODS} (default: none)")
     method.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method; again for more"
     )
@@ -73,7 +74,7 @@ def add(commands: Any) -> None:
     route = parser.add_argument_group("above the native size, by one of these routes", routes)
     route.add_argument("--route", choices=ROUTES, metavar="ROUTE", help="one of the above (default: direct)")
     route.add_argument("--strengths", type=numbers, metavar="X[,X]", help="one a stage above the base, 0 to 1")
-    route.add_argument("--keep-stages", action="store_true", help="leave the pictures of the stages behind")
+    route.add_argument("--keep-stages", action="store_true", help="keep the pictures of the stages, too")
     parser.set_defaults(run=run)
 
 

@@ -60,7 +60,10 @@ def complete(
         raise BadInput(f"{job.model} does not say its native size: give --width and --height.")
     width, height = job.width or native, job.height or native
     token = size_multiple(pipe)
-    needed = {"this model": token, **{config.name: token * config.grid_multiple for config in configs}}
+    needed = {"this model": token}
+    for config in configs:
+        if config.grid_multiple > 1:
+            needed[f"{config.name} with {config.grid_setting} {config.grid_multiple}"] = token * config.grid_multiple
     for who, multiple in needed.items():
         check_side("width", width, multiple, who)
         check_side("height", height, multiple, who)

@@ -42,7 +42,8 @@ class StageMethods:
         if stage.total > 1 and stage.number == 1:
             configs = [config for config in configs if config.for_native_size]
             if resting := [config.name for config in self._configs if not config.for_native_size]:
-                self._remark = f"{stage}: at the native size, so dense, without {', '.join(resting)}"
+                names = " and ".join(resting)
+                self._remark = f"the base (stage 1/{stage.total}) runs without {names}: only larger pictures need it"
                 self._say(f"{self._remark}.")
         if configs != self._in_place:
             self._past += tuple(each for each in self._present() if each["calls"])

@@ -451,13 +451,22 @@ class TestHelp:
         assert status == 0
         assert len(out.splitlines()) <= 45
 
-    @pytest.mark.parametrize("command", [("generate",), ("distill", "linfusion")])
+    @pytest.mark.parametrize("command", [("generate",), ("distill", "linfusion"), ("distill", "clear")])
     def test_fits_eighty_columns(
         self, attnswap: Cli, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("COLUMNS", "80")
         described = attnswap(*command, "--help")[1].split("\n\n", 1)[1]  # after the usage
         assert max(map(len, described.splitlines())) <= 80
+
+    @pytest.mark.parametrize("command", ["generate", "inspect", "bench"])
+    def test_names_every_method_and_bundled_model(self, attnswap: Cli, command: str) -> None:
+        from attnswap import methods
+        from attnswap.pipelines.load import bundled
+
+        out = " ".join(attnswap(command, "--help")[1].split())
+        assert f"{', '.join(methods())} (default: " in out
+        assert all(f" {name}, " in out for name in bundled())
 
     def test_says_of_every_route_what_it_is(self, attnswap: Cli) -> None:
         out = attnswap("generate", "--help")[1]

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attnswap.accel.families.base import attention_layers
+from attnswap.accel.methods.clear_weights import from_stock, save
 from attnswap.pipelines import low_memory
 from PIL import Image
 
@@ -16,6 +18,7 @@ from .test_cli import Cli, attnswap, refused
 
 __all__ = ["attnswap"]  # a fixture
 
+WeightsOf = Callable[..., Path]
 CLEAR = ("--method", "clear", "--set", "radius=3")
 
 
@@ -57,6 +60,22 @@ def with_guidance(tiny_flux: Path, copy_of: Callable[[Path], Path]) -> Path:
     return folder
 
 
+@pytest.fixture
+def weights_of(tiny_flux: Path, tmp_path: Path) -> WeightsOf:
+    """Writes CLEAR weights for the tiny model with another configuration."""
+    from diffusers import FluxTransformer2DModel
+
+    def write(*, radius: float = 3, **changes: Any) -> Path:
+        config = FluxTransformer2DModel.load_config(tiny_flux / "transformer")
+        transformer = FluxTransformer2DModel.from_config({**config, **changes})
+        layers = {name: from_stock(attn) for name, attn in attention_layers(transformer).items()}
+        file = tmp_path / "clear.safetensors"
+        save(file, layers, radius=radius)
+        return file
+
+    return write
+
+
 class TestGenerate:
     def test_makes_a_picture_and_makes_it_again_from_its_file(self, attnswap: Cli, tiny_flux: Path) -> None:
         size = ("--width", 48, "--height", 64, "--seed", 3, "--negative", "a dog")
@@ -66,6 +85,14 @@ class TestGenerate:
         assert "clear on FluxTransformer2DModel: 4 denoiser calls, 2 of 2 attention layers accelerated" in out
         assert attnswap("generate", "--from", "fox.png", "-o", "again.png")[0] == 0
         assert Path("again.png").read_bytes() == Path("fox.png").read_bytes()
+
+    def test_weights_of_another_radius_are_a_warning_of_one_line(
+        self, attnswap: Cli, tiny_flux: Path, weights_of: WeightsOf
+    ) -> None:
+        file = weights_of(radius=5)
+        flags = (*CLEAR, "--set", f"weights={file}", "--steps", 1, "-o", "fox.png")
+        status, _, err = attnswap("generate", "a fox", "-m", tiny_flux, *flags)
+        assert (status, err) == (0, f"attnswap: {file} was trained for radius 5 and is used with 3\n")
 
     def test_differs_with_the_radius(self, attnswap: Cli, tiny_flux: Path) -> None:
         for radius in ("3", "none"):
@@ -137,9 +164,13 @@ class TestWrongUseIsSaidBeforeAnyStep:
         result = attnswap("generate", "a fox", "-m", tiny_flux, "--height", size)
         refused(result, f"height {size} is not a multiple of 4, which this model needs", f"nearest: {nearest}")
 
+    def test_methods_that_are_not_combined(self, attnswap: Cli, tiny_flux: Path) -> None:
+        result = attnswap("generate", "a fox", "-m", tiny_flux, "--method", "clear,linfusion")
+        refused(result, "clear and linfusion cannot be combined")
+
     def test_size_that_pooling_does_not_divide(self, attnswap: Cli, tiny_flux: Path) -> None:
         result = attnswap("generate", "a fox", "-m", tiny_flux, "--width", 40, *CLEAR, "--set", "down_factor=4")
-        refused(result, "width 40 is not a multiple of 16, which clear needs", "nearest: 32")
+        refused(result, "width 40 is not a multiple of 16, which clear with down_factor 4 needs", "nearest: 32")
 
     def test_method_of_another_kind_of_model(self, attnswap: Cli, tiny_flux: Path, tiny_sd: Path) -> None:
         refused(attnswap("generate", "a fox", "-m", tiny_flux, "--method", "linfusion"), "FluxTransformer2DModel")
@@ -148,6 +179,15 @@ class TestWrongUseIsSaidBeforeAnyStep:
     def test_route_of_another_kind_of_model(self, attnswap: Cli, tiny_flux: Path) -> None:
         flags = ("--width", 64, "--height", 64, "--route", "superres")
         refused(attnswap("generate", "a fox", "-m", tiny_flux, *flags), "FluxTransformer2DModel", "--route ladder")
+
+    def test_weights_of_another_model(self, attnswap: Cli, tiny_flux: Path, weights_of: WeightsOf) -> None:
+        file = weights_of(attention_head_dim=8, axes_dims_rope=(2, 2, 4))
+        result = attnswap("generate", "a fox", "-m", tiny_flux, *CLEAR, "--set", f"weights={file}")
+        refused(
+            result,
+            f"{file} does not fit FluxTransformer2DModel: ",
+            "expected transformer_blocks.0.attn.to_q.weight [32, 32], found [16, 16]",
+        )
 
     def test_setting_the_method_refuses(self, attnswap: Cli, tiny_flux: Path) -> None:
         refused(attnswap("generate", "a fox", "-m", tiny_flux, "--method", "clear", "--set", "radius=0"), "radius")
@@ -170,7 +210,7 @@ class TestLadder:
         status, out, err = attnswap(*command)
         assert status == 0
         assert [call["theta"] for call in calls] == [10000] * 4 + [100000] * 2
-        said = "stage 1/2: 32x32, 4 steps: at the native size, so dense, without clear"
+        said = "the base (stage 1/2) runs without clear: only larger pictures need it"
         assert f"attnswap: {said}." in err
         assert "clear on FluxTransformer2DModel: 2 denoiser calls" in out
         assert f"  {said}" in out
@@ -221,6 +261,16 @@ class TestInspect:
         assert status == 0
         assert "transformer: clear on FluxTransformer2DModel: 2 of 2 attention layers" in out
         assert "+ single_transformer_blocks.0.attn" in out
+
+    def test_shows_what_the_models_preset_sets(
+        self, attnswap: Cli, tiny_flux: Path, copy_of: Callable[[Path], Path]
+    ) -> None:
+        model = copy_of(tiny_flux)
+        preset = json.loads((model / "attnswap.json").read_text())
+        sets = {"methods": {"clear": {"radius": 3}}, "methods_from": {"2": {"clear": {"radius": 4}}}}
+        (model / "attnswap.json").write_text(json.dumps({**preset, **sets}))
+        assert "local attention of radius 3" in attnswap("inspect", model, "--method", "clear")[1]
+        assert "local attention of radius 16" in attnswap("inspect", tiny_flux, "--method", "clear")[1]
 
     def test_says_which_methods_do_not_apply(self, attnswap: Cli, tiny_flux: Path, tiny_sd: Path) -> None:
         _, out, _ = attnswap("inspect", tiny_flux)

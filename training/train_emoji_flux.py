@@ -8,7 +8,8 @@ Transformer and both text encoders are trained as one, by rectified flow (arXiv 
 bundled `emoji-sd`'s. The first part of a run draws at half the native side: a quarter of the image tokens, spread over
 the native grid by their rotary positions, so that what is drawn is learnt before how.
 
-Data as for `emoji-sd`: Noto Color Emoji, names from the PyPI package `emoji`.
+Data as for `emoji-sd`: Noto Color Emoji, names from the PyPI package `emoji`. Training needs torch 2.9 or newer, for
+`torch.optim.Muon`; export and evaluation do not.
 """
 
 from __future__ import annotations

@@ -56,8 +56,10 @@ def _read(ids: Tensor) -> Read:
     rows, columns = table[:count, 1], table[:count, 2]
     width = int((rows == rows[0]).long().cumprod(0).sum())
     height = count // width
-    expected = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double().view(-1, 2)
-    found = torch.stack((rows - rows[0], columns - columns[0]), 1)
+    # Rounded as pipelines round them: bf16 holds whole numbers up to 256 only.
+    expected = torch.cartesian_prod(rows[0] + torch.arange(height), columns[0] + torch.arange(width)).view(-1, 2)
+    expected = expected.to(ids.dtype).double()
+    found = torch.stack((rows, columns), 1)
     if height * width != count or int(own.sum()) != count or not torch.equal(found, expected):
         raise NoGrid(f"the {len(table)} img_ids are not the rows of a grid one after the other")
     return (height, width), len(table) - count

@@ -60,6 +60,9 @@ class JointProcessor:
         """
         slot = self.slot
         assert slot is not None
+        if torch.is_autocast_enabled(value.device.type):
+            # Norms leave fp32 then, and attention is among what autocast computes in the lower precision.
+            query, key = query.to(value.dtype), key.to(value.dtype)
         strategy, layout, context = slot.strategy, slot.layout, slot.context
         parallel = ContextParallel.of(strategy.model)
         if parallel is None:

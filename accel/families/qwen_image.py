@@ -91,14 +91,16 @@ def _layer_places(layers: list[str], arguments: dict[str, Any], *, layered: bool
     return dict.fromkeys(layers, place)
 
 
-class _UncachedRope(QwenEmbedRope):
-    """Diffusers keeps what it computes in caches of the class, by module: they would outlive a change of its base."""
+def _device_freqs(module: QwenEmbedRope, device: torch.device) -> tuple[Tensor, Tensor]:
+    module.pos_freqs, module.neg_freqs = module.pos_freqs.to(device), module.neg_freqs.to(device)
+    return module.pos_freqs, module.neg_freqs
 
-    _compute_video_freqs = QwenEmbedRope._compute_video_freqs.__wrapped__
 
-    def _get_device_freqs(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        self.pos_freqs, self.neg_freqs = self.pos_freqs.to(device), self.neg_freqs.to(device)
-        return self.pos_freqs, self.neg_freqs
+# Diffusers keeps what it computes in caches of the class, by module: they would outlive a change of its base.
+_UNCACHED = {
+    "_compute_video_freqs": QwenEmbedRope._compute_video_freqs.__wrapped__,
+    "_get_device_freqs": _device_freqs,
+}
 
 
 class QwenRope:
@@ -121,12 +123,13 @@ class QwenRope:
             module = self._module
             scaled = QwenEmbedRope(module.theta * factor, module.axes_dim, module.scale_rope)  # type: ignore[arg-type]
             module.pos_freqs, module.neg_freqs = scaled.pos_freqs, scaled.neg_freqs
-            module.__class__ = _UncachedRope
+            vars(module).update({name: partial(method, module) for name, method in _UNCACHED.items()})
         self._factor = factor
 
     def restore(self) -> None:
         self._module.pos_freqs, self._module.neg_freqs = self._tables
-        self._module.__class__ = QwenEmbedRope
+        for name in _UNCACHED:
+            vars(self._module).pop(name, None)
         self._factor = 1.0
 
 

@@ -25,10 +25,13 @@ class Config:
     #: Settings for pictures larger than the model was trained for, with the values that leave them off.
     for_large: ClassVar[Mapping[str, Any]] = {}
 
+    #: The setting, if any, of which both sides of a picture must be multiples, in tokens.
+    grid_setting: ClassVar[str | None] = None
+
     @property
     def grid_multiple(self) -> int:
         """Tokens of which both sides of a picture must be multiples."""
-        return 1
+        return 1 if self.grid_setting is None else getattr(self, self.grid_setting) or 1
 
     @property
     def for_native_size(self) -> bool:

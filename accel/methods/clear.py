@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,14 +48,15 @@ class Clear(Config):
             trained for (the published route to 4096 pixels takes 10).
         ntk_decay: let that factor fall to 1 over the run, quickly at first, so that positions are stretched while the
             picture is laid out and are the model's own while details are drawn (as DyPE does, arXiv 2510.20766).
-        proportional_attention: sharpen attention with the square root of the logarithm of the number of tokens, for
-            pictures larger than the model was trained for.
+        proportional_attention: scale logits with the square root of the logarithm of the number of tokens over that of
+            4608, those of FLUX at 1024 x 1024 pixels: sharper above, flatter below, so of no use to small models.
 
     Raises:
         ValueError: for a value no model could use.
     """
 
     name: ClassVar[str] = "clear"
+    grid_setting: ClassVar[str] = "down_factor"
     for_large: ClassVar[Mapping[str, Any]] = {"ntk_factor": 1.0, "ntk_decay": False, "proportional_attention": False}
 
     radius: float | None = 16
@@ -77,7 +77,10 @@ class Clear(Config):
             raise ValueError(f"weights must be a name, a path, a Hub id or None, got {self.weights!r}")
         for name in ("down_factor", "weights"):
             if self.radius is None and getattr(self, name) is not None:
-                raise ValueError(f"{name} {getattr(self, name)} needs a radius: without one every token is seen")
+                raise ValueError(
+                    f"{name} {getattr(self, name)} needs a radius, as without one every token is seen: give one, or "
+                    f"{name} None"
+                )
         if not _is_number(self.ntk_factor) or not 0 < self.ntk_factor < math.inf:
             raise ValueError(f"ntk_factor must be a positive number, got {self.ntk_factor!r}")
         for name in ("ntk_decay", "proportional_attention"):
@@ -85,10 +88,6 @@ class Clear(Config):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.ntk_decay and self.ntk_factor == 1:
             raise ValueError("ntk_decay needs an ntk_factor other than 1 to let decay")
-
-    @property
-    def grid_multiple(self) -> int:
-        return self.down_factor or 1
 
     @property
     def for_native_size(self) -> bool:
@@ -305,7 +304,7 @@ class ClearStrategy(Strategy):
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: object) -> bool:

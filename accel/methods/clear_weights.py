@@ -175,7 +175,9 @@ def _check(file: Path, found: Shapes, expected: Mapping[str, Shapes], model: str
     wanted = {f"{layer}.{name}": shape for layer, shapes in expected.items() for name, shape in shapes.items()}
     trained, asked = _down_factor(found), _down_factor(wanted)
     if trained != asked:  # which all layers show: said once, and what it takes
-        raise WeightsError(f"{file} was trained with {trained}, and {asked} was asked for")
+        raise WeightsError(
+            f"{file} was trained with {trained}, and {asked} was asked for; weights None are the model's own"
+        )
     for key, shape in wanted.items():
         if found.get(key) != shape:
             raise WeightsError(

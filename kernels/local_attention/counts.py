@@ -8,7 +8,7 @@ import math
 from .eager import CPU_TILE
 from .geometry import covers, gaps, spans, squared_reach
 
-# Tiles of the Triton kernel on the GPUs that hold the largest ones.
+# Tiles (rows, columns) of queries and of keys of the Triton kernel, on the GPUs that hold the largest ones.
 QUERY_TILE, KEY_TILE = (8, 16), (8, 8)
 
 
@@ -31,8 +31,16 @@ def ideal_pairs(grid: tuple[int, int], radius: float, *, dense: int = 0, pooled:
 
 
 @functools.lru_cache(maxsize=1024)
-def executed_pairs(backend: str, grid: tuple[int, int], radius: float, *, dense: int = 0, pooled: int = 0) -> int:
-    """Pairs that a backend computes, masked ones and padding included; `eager` on a CPU, `triton` on its largest tiles.
+def executed_pairs(
+    backend: str,
+    grid: tuple[int, int],
+    radius: float,
+    *,
+    dense: int = 0,
+    pooled: int = 0,
+    tiles: tuple[tuple[int, int], tuple[int, int]] = (QUERY_TILE, KEY_TILE),
+) -> int:
+    """Pairs that a backend computes, masked ones and padding included; `eager` on a CPU, `triton` by `tiles`.
 
     Raises:
         ValueError: for an unknown backend.
@@ -51,11 +59,12 @@ def executed_pairs(backend: str, grid: tuple[int, int], radius: float, *, dense:
         return math.prod(by_axis) + _others(grid, dense, pooled)
     if backend != "triton":
         raise ValueError(f"unknown backend {backend!r}; valid are reference, eager, triton")
-    rows, columns = math.prod(QUERY_TILE), math.prod(KEY_TILE)
-    query_tiles = _tiles(height, QUERY_TILE[0]) * _tiles(width, QUERY_TILE[1])
+    tile, key_tile = tiles
+    rows, columns = math.prod(tile), math.prod(key_tile)
+    query_tiles = _tiles(height, tile[0]) * _tiles(width, tile[1])
     for_each = _tiles(dense, columns) + _tiles(pooled, columns)
     of_dense = _tiles(dense, rows) * _tiles(dense + tokens, columns)
-    return rows * columns * (_near_tiles(grid, radius) + query_tiles * for_each + of_dense)
+    return rows * columns * (_near_tiles(grid, radius, tile, key_tile) + query_tiles * for_each + of_dense)
 
 
 def _others(grid: tuple[int, int], dense: int, pooled: int) -> int:
@@ -67,11 +76,11 @@ def _tiles(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def _near_tiles(grid: tuple[int, int], radius: float) -> int:
+def _near_tiles(grid: tuple[int, int], radius: float, tile: tuple[int, int], key_tile: tuple[int, int]) -> int:
     """Entries of `geometry.tile_lists`, counted by their distances along the two axes."""
     vertical, horizontal = (
         gaps(0, length, size, length, key_size).flatten().bincount().tolist()
-        for length, size, key_size in zip(grid, QUERY_TILE, KEY_TILE, strict=True)
+        for length, size, key_size in zip(grid, tile, key_tile, strict=True)
     )
     limit = squared_reach(radius)
     return sum(

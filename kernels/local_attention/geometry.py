@@ -35,6 +35,7 @@ class Span(NamedTuple):
 
 def squared_reach(radius: float) -> int:
     """The integer that squared distances between tokens must be below: d2 < radius ** 2, exactly."""
+    radius = min(radius, 2.0**31)  # more than any grid; its square stays finite
     return math.ceil(radius * radius)
 
 

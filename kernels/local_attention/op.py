@@ -22,6 +22,11 @@ OPERATOR = "attnswap::local_attention_v1"
 BACKWARD = "attnswap::local_attention_backward_v1"
 TENSORS = "Tensor query, Tensor key, Tensor value, Tensor? pooled_key, Tensor? pooled_value, Tensor? key_mask"
 NUMBERS = "SymInt height, SymInt width, SymInt grid_offset, float radius, float scale"
+# The Triton backend keeps its lists of tiles from call to call: made while a CUDA graph is recorded, they would lie in
+# memory that the graph reuses. Since torch 2.9 a compiler can be told to record what is before and after instead.
+_NO_CUDA_GRAPH: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
 
 
 def local_attention(
@@ -105,7 +110,9 @@ def _call(*arguments: Any) -> dict[str, Any]:
     }
 
 
-@torch.library.custom_op(OPERATOR, mutates_args=(), schema=f"({TENSORS}, {NUMBERS}) -> (Tensor, Tensor)")
+@torch.library.custom_op(
+    OPERATOR, mutates_args=(), schema=f"({TENSORS}, {NUMBERS}) -> (Tensor, Tensor)", **_NO_CUDA_GRAPH
+)
 def _attend(*arguments: Any) -> Any:
     """The output, and the natural logarithm of the softmax denominators, `[B, H, S]`, for backward."""
     # The backend is chosen here, out of the compiler's sight: choosing another one needs no new graph.
@@ -152,8 +159,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _grad(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
     numbers = (ctx.height, ctx.width, ctx.grid_offset, ctx.radius, ctx.scale)
-    gradients = _attend_backward(grad, *ctx.saved_tensors, *numbers)
-    pooled = ctx.saved_tensors[5] is not None
+    saved = ctx.saved_tensors  # once: gradient checkpointing allows no more
+    gradients = _attend_backward(grad, *saved, *numbers)
+    pooled = saved[5] is not None
     return *(gradients if pooled else (*gradients[:3], None, None)), *([None] * 6)
 
 

@@ -1,4 +1,7 @@
-"""Diffusers' context parallelism: two processes that share the tokens of a model give what one process gives."""
+"""Diffusers' context parallelism: two processes that share the tokens of a model give what one process gives.
+
+C9 of what goes wrong with the published code of CLEAR (methods/test_clear_rows.py): its processors see a share only.
+"""
 
 from __future__ import annotations
 

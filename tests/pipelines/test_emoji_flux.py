@@ -27,8 +27,6 @@ ASKED = [
     ("egg", "red"),
 ]
 
-pytestmark = pytest.mark.skipif(not (FOLDER / "model_index.json").exists(), reason="emoji-flux is not trained yet")
-
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
@@ -92,6 +90,7 @@ def test_autoencoder_on_the_data(pipe, reference: Reference) -> None:
 def test_native_size_is_the_references_and_its_tokens_are_few(reference: Reference, pipe) -> None:
     preset = presets.read(FOLDER)
     assert preset.native_side == reference.side == 128
+    assert (preset.native_side // (2 * pipe.vae_scale_factor)) ** 2 >= 256  # image tokens, 2 x 2 latents each
     assert preset.max_sequence_length == 16 == pipe.tokenizer_2.model_max_length == pipe.tokenizer.model_max_length
 
 

@@ -15,8 +15,6 @@ FOLDER = Path(emoji_evaluate.__file__).parents[1] / "pipelines" / "bundled" / "e
 CAPTIONS = 60
 SEED = 0
 
-pytestmark = pytest.mark.skipif(not (FOLDER / "model_index.json").exists(), reason="emoji-sd is not trained yet")
-
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:

@@ -133,7 +133,7 @@ class TestLadder:
         methods.close()
         assert image is not None
         assert image.size == (64, 64)
-        assert said == [f"{stages[0]}: at the native size, so dense, without clear."]
+        assert said == ["the base (stage 1/2) runs without clear: only larger pictures need it."]
         assert report is not None
         assert [denoiser["calls"] for denoiser in report.denoisers] == [stages[1].steps] == [2]
         assert report.density < 1

@@ -77,6 +77,10 @@ class TinyDenoiser(nn.Module):
         return hidden
 
 
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9, for torch.optim.Muon")
+
+
+@needs_muon
 def test_muon_has_the_matrices_in_blocks_and_adamw_the_rest():
     model = TinyDenoiser()
     optimizer = MuonAndAdamW(model)
@@ -86,6 +90,7 @@ def test_muon_has_the_matrices_in_blocks_and_adamw_the_rest():
     assert not muon & adamw
 
 
+@needs_muon
 def test_a_resumed_run_is_the_run(tmp_path):
     def fresh():
         torch.manual_seed(0)
@@ -154,6 +159,7 @@ def test_who_knows_the_picture_draws_it(tmp_path):
     assert (score.nearest, score.colour, score.count) == (1, 1, 1)
 
 
+@needs_muon
 @needs_font
 def test_the_whole_road_in_little(tmp_path, monkeypatch):
     """Train at half the side and at the native one, resume, export, load with the stock class, evaluate."""

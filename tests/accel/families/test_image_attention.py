@@ -95,6 +95,42 @@ def test_pictures_of_a_batch_are_independent(case: Case) -> None:
             agree(run(model, {name: picked(value, index) for name, value in inputs.items()}), both[index : index + 1])
 
 
+@FAMILIES
+def test_gradient_checkpointing_gives_the_same_gradients(case: Case) -> None:
+    def gradients(model: Any) -> dict[str, torch.Tensor]:
+        model.train().zero_grad()
+        output = model(**case.inputs(GRID, TEXT, 1), return_dict=False)[0]
+        (output[0] if isinstance(output, list) else output).square().sum().backward()
+        return {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+    model = case.make()
+    with attnswap.enabled(model, attnswap.Clear(radius=2)):
+        plain = gradients(model)
+        model.enable_gradient_checkpointing()
+        recomputed = gradients(model)
+    assert plain.keys() == recomputed.keys()
+    assert any(x.abs().max() > 0 for name, x in plain.items() if "to_q" in name)
+    for name, x in plain.items():
+        torch.testing.assert_close(recomputed[name], x)
+
+
+@FAMILIES
+def test_under_autocast_a_circle_over_the_whole_picture_is_stock_attention(case: Case) -> None:
+    """Norms leave fp32 there and projections bf16, and what autocast has attention computed in is bf16."""
+    model, size = case.make(), ((6, 8), TEXT, 2)
+    inputs = case.inputs(*size)
+    exact = run(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = run(model, inputs)
+        with attnswap.enabled(model, attnswap.Clear(radius=10)) as handle:
+            out = run(model, inputs)
+        assert all(layer["accelerated_calls"] for layer in layers_of(model, handle))
+        with attnswap.enabled(model, attnswap.Clear(radius=2, down_factor=2)):
+            assert run(model, inputs).isfinite().all()
+    assert out.dtype == stock.dtype
+    assert (out.float() - exact).norm() <= 2 * (stock.float() - exact).norm()
+
+
 def picked(value: Any, index: int) -> Any:
     batched = isinstance(value, list) or (isinstance(value, torch.Tensor) and len(value) == 2)
     return value[index : index + 1] if batched else value

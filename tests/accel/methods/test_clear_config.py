@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import attnswap
+import numpy as np
 import pytest
 from attnswap import Clear
 
@@ -20,6 +22,10 @@ from .. import tiny, tiny_dit
         ({"radius": float("nan")}, "radius must be a number"),
         ({"radius": float("inf")}, "radius must be a number"),
         ({"radius": True}, "radius must be a number"),
+        ({"radius": np.int64(8)}, "radius must be a number"),
+        ({"radius": np.float32(8)}, "radius must be a number"),
+        ({"radius": Fraction(17, 2)}, "radius must be a number"),
+        ({"ntk_factor": np.float32(2)}, "ntk_factor must be a positive number"),
         ({"radius": "16"}, "radius must be a number of tokens, at least 1, or None, got '16'"),
         ({"down_factor": 1}, "down_factor must be a whole number of tokens, at least 2, got 1"),
         ({"down_factor": 4.0}, "down_factor must be a whole number of tokens, at least 2, got 4.0"),
@@ -47,6 +53,7 @@ def test_settings_no_model_could_use_are_refused(settings: Any, says: str) -> No
         Clear(),
         Clear(radius=None, ntk_factor=10, ntk_decay=True, proportional_attention=True),
         Clear(radius=8, down_factor=4, weights="Huage001/CLEAR"),
+        Clear(radius=np.float64(7.5), ntk_factor=np.float64(2)),
         Clear(radius=7.5, weights=Path("some") / "folder"),  # type: ignore[arg-type]
     ],
 )

@@ -1,4 +1,8 @@
-"""What goes wrong with the published code of CLEAR, one test each, and what happens here instead."""
+"""What goes wrong with the published code of CLEAR, one test each, and what happens here instead.
+
+C6, the inputs of its training, is in tests/training/test_distill_clear.py; C9, context parallelism, in
+tests/accel/test_context_parallel.py.
+"""
 
 from __future__ import annotations
 

@@ -283,9 +283,17 @@ def test_weights_of_a_larger_model_are_refused_by_their_first_tensor(model: Any,
 @pytest.mark.parametrize(
     ("trained", "asked", "says"),
     [
-        (2, None, "was trained with down_factor 2, and down_factor None was asked for"),
-        (2, 4, "was trained with down_factor 2, and down_factor 4 was asked for"),
-        (None, 4, "was trained with down_factor None, and down_factor 4 was asked for"),
+        (
+            2,
+            None,
+            "was trained with down_factor 2, and down_factor None was asked for; weights None are the model's own",
+        ),
+        (2, 4, "was trained with down_factor 2, and down_factor 4 was asked for; weights None are the model's own"),
+        (
+            None,
+            4,
+            "was trained with down_factor None, and down_factor 4 was asked for; weights None are the model's own",
+        ),
     ],
 )
 def test_another_far_field_than_trained_for_is_refused(

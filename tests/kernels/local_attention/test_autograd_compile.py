@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from attnswap import kernels
 from attnswap.kernels.local_attention.op import BACKWARD, OPERATOR
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 CALL = {"grid": (5, 6), "grid_offset": 2, "radius": 2.5}
 TOKENS = 2 + 30 + 1
@@ -79,6 +82,18 @@ def test_every_backend_trains(backend, tensors):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("pooled", [0, 3])
+def test_gradient_checkpointing_gives_the_same_gradients(tensors, pooled):
+    def gradients(run):
+        inputs = [x.requires_grad_() for x in tensors(TOKENS, pooled=pooled)]
+        run(*inputs).square().sum().backward()
+        return [x.grad for x in inputs]
+
+    plain = gradients(attend)
+    for found, expected in zip(gradients(partial(checkpoint, attend, use_reentrant=False)), plain, strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("masked_keys", [False, True], ids=["no mask", "key mask"])
 @pytest.mark.parametrize("pooled", [0, 3])
 def test_the_operators_keep_pytorchs_rules(tensors, pooled, masked_keys):
@@ -103,6 +118,20 @@ def test_fullgraph_compiles_to_one_graph_whatever_the_backend(tensors, counter):
     with kernels.use_backend("reference"):
         torch.testing.assert_close(compiled(*inputs), expected, atol=1e-5, rtol=0)
     assert counter.frame_count == 1
+
+
+def test_inductor_compiles_to_one_graph(tensors):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    inputs = tensors(TOKENS, pooled=3, heads=2)
+    compiled = torch.compile(lambda *tensors: attend(*tensors) * 2, backend=counter, fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), attend(*inputs) * 2)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_compilers_are_told_to_record_no_cuda_graph_of_it():
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.attnswap, OPERATOR.partition("::")[2]).default.tags
 
 
 def test_a_strided_query_compiles(tensors, counter):

@@ -27,6 +27,11 @@ def test_pairs_are_those_of_the_mask(visible, grid, radius):
     assert counts.ideal_pairs(grid, radius, dense=5, pooled=4) == int(mask.sum())
 
 
+@pytest.mark.parametrize("backend", ["reference", "eager", "triton"])
+def test_a_radius_beyond_any_grid_counts_every_pair(backend):
+    assert counts.ideal_pairs((16, 32), 1e200) == counts.executed_pairs(backend, (16, 32), 1e200) == (16 * 32) ** 2
+
+
 @pytest.mark.parametrize(("radius", "keys"), [(8, 768), (16, 1920), (32, 5504)])
 def test_the_keys_triton_computes_for_an_interior_tile(radius, keys):
     rows, columns = 17, 17
@@ -72,6 +77,18 @@ def test_the_pairs_the_eager_backend_computes_are_counted(monkeypatch, tensors, 
 def test_padding_counts_as_executed_in_triton():
     """One tile of grid queries and one of dense queries; 3 dense, 2 pooled and 20 grid keys in tiles of 64."""
     assert counts.executed_pairs("triton", (4, 5), 2, dense=3, pooled=2) == 128 * 64 * (1 + 1 + 1 + 1)
+
+
+@pytest.mark.parametrize("tiles", [((8, 8), (4, 8)), ((4, 8), (4, 4))], ids=str)
+def test_smaller_tiles_are_counted_where_triton_runs_them(tiles):
+    (tile, key_tile), grid, radius = tiles, (17, 30), 5
+    rows, columns = tile[0] * tile[1], key_tile[0] * key_tile[1]
+    _, entries = geometry.tile_lists((0, grid[0]), grid, radius, tile, key_tile)
+    query_tiles = -(-grid[0] // tile[0]) * -(-grid[1] // tile[1])
+    of_dense = -(-3 // rows) * -(-(3 + 510) // columns)
+    expected = rows * columns * (len(entries) + 2 * query_tiles + of_dense)
+    assert counts.executed_pairs("triton", grid, radius, dense=3, pooled=2, tiles=tiles) == expected
+    assert expected < counts.executed_pairs("triton", grid, radius, dense=3, pooled=2)
 
 
 def test_the_reference_computes_every_pair():

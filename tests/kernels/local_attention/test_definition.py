@@ -73,9 +73,10 @@ def test_one_token_returns_the_value(backend, tensors):
     torch.testing.assert_close(kernels.local_attention(query, key, value, grid=(1, 1), radius=3), value)
 
 
-def test_a_radius_beyond_the_grid_is_dense_attention(backend, tensors, masked):
+@pytest.mark.parametrize("radius", [1e6, 1e200, 10**10])
+def test_a_radius_beyond_the_grid_is_dense_attention(backend, tensors, masked, radius):
     qkv = tensors(7 + 30, batch=2, heads=2)
-    out = kernels.local_attention(*qkv, grid=(5, 6), grid_offset=4, radius=1e6)
+    out = kernels.local_attention(*qkv, grid=(5, 6), grid_offset=4, radius=radius)
     torch.testing.assert_close(out, masked(None, *qkv), **EXACT)
 
 

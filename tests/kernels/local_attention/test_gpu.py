@@ -73,3 +73,15 @@ def test_gradients_of_the_eager_road_after_a_triton_forward(tensors):
 
     for found, expected in zip(gradients("triton"), gradients("reference"), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_cuda_graphs_around_it_do_not_change_the_result(tensors):
+    """The lists of tiles outlive a graph: they are made in the first compiled call, and read in later ones."""
+    torch._dynamo.reset()
+    call = {"grid": (23, 17), "grid_offset": 5, "radius": 4.5}  # of no other test, whose lists would be there already
+    inputs = tensors(5 + 23 * 17, heads=2, head_dim=64, device="cuda")
+    compiled = torch.compile(lambda *qkv: on("triton", [x * 2 for x in qkv], call) + 1, mode="reduce-overhead")
+    for factor in (1.0, 0.5, 2.0, 1.5):
+        qkv = [x * factor for x in inputs]
+        expected = on("eager", [x * 2 for x in qkv], call) + 1
+        torch.testing.assert_close(compiled(*qkv), expected, atol=1e-4, rtol=1e-3)
