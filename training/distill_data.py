@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from ..pipelines.errors import BadInput, JobFailed
 
 METADATA = "metadata.jsonl"
+Size = tuple[int, int]
 # What random numbers are for, so that no two purposes share any.
 ORDER, NOISE = 0, 1
 SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp"])
@@ -34,8 +36,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures `[B, 3, side, side]` in -1..1, their captions, and SDXL's six numbers of each, `[B, 6]`: original
-    height and width, top and left of the crop, height and width of the result."""
+    """Pictures `[B, 3, H, W]` in -1..1, their captions, and SDXL's six numbers of each, `[B, 6]`: original height and
+    width, top and left of the crop, height and width of the result."""
 
     pictures: Tensor
     captions: list[str]
@@ -122,59 +124,110 @@ def _check_header(path: Path) -> None:
         raise BadInput(f"{path} is not a readable picture ({error}).") from error
 
 
-class Pictures(Dataset[dict[str, Any]]):
-    """Examples as squares of `side` pixels: short side resized, centre kept, transparency on white."""
+def picture_size(path: Path) -> Size:
+    """Width and height of a picture held upright."""
+    with Image.open(path) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return opened.size if not turned else (opened.height, opened.width)
 
-    def __init__(self, examples: list[Example], side: int) -> None:
-        self.examples, self.side = examples, side
+
+def nearest_shape(size: Size, choices: Sequence[Size]) -> Size:
+    """The one of `choices` whose sides are most nearly in proportion to those of `size`."""
+    return min(choices, key=lambda other: abs(math.log(size[0] * other[1] / (size[1] * other[0]))))
+
+
+def same_area(size: Size, side: int, step: int) -> Size:
+    """About the shape of `size` with the area of a square of `side`, in multiples of `step`."""
+    ratio = math.sqrt(size[0] / size[1])
+    width, height = (max(step, round(length / step) * step) for length in (side * ratio, side / ratio))
+    return width, height
+
+
+class Pictures(Dataset[dict[str, Any]]):
+    """Examples at (width, height) in pixels: scaled until they cover it, centre kept, transparency on white."""
+
+    def __init__(self, examples: Sequence[Example], sizes: Sequence[Size]) -> None:
+        self.examples, self.sizes = examples, sizes
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example, side = self.examples[index], self.side
+        example, size = self.examples[index], self.sizes[index]
         try:
             with Image.open(example.path) as opened:
                 image = _on_white(ImageOps.exif_transpose(opened))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise JobFailed(f"{example.path} could not be read: {error}") from error
-        width, height = image.size
-        scale = side / min(width, height)
-        top, left = (round(max(0.0, length * scale - side) / 2) for length in (height, width))
-        square = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
-        return {"pixels": pixels, "caption": example.caption, "sizes": [height, width, top, left, side, side]}
+        scale = max(wanted / length for wanted, length in zip(size, image.size, strict=True))
+        left, top = (
+            round(max(0.0, length * scale - wanted) / 2) for wanted, length in zip(size, image.size, strict=True)
+        )
+        cut = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(cut)).permute(2, 0, 1).float() / 127.5 - 1
+        numbers = [image.height, image.width, top, left, size[1], size[0]]
+        return {"pixels": pixels, "caption": example.caption, "sizes": numbers}
 
 
 class Order(Sampler[list[int]]):
     """Indices of one process's batches without end, from batch `start` on.
 
-    The order depends on the seed and the number of pictures alone, so a resumed run goes on where it was. Each pass
-    over the data has another order.
+    Pictures of one batch are of one group (a size); each group has batches in proportion to its pictures. The order
+    depends on the seed and the groups alone, so a resumed run goes on where it was. Each pass over a group has another
+    order.
     """
 
     def __init__(
-        self, count: int, batch: int, *, seed: int, process: int = 0, processes: int = 1, start: int = 0
+        self,
+        groups: Sequence[Sequence[int]],
+        batch: int,
+        *,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+        start: int = 0,
     ) -> None:
-        self.count, self.batch, self.seed = count, batch, seed
+        self.groups, self.batch, self.seed = groups, batch, seed
         self.process, self.processes, self.start = process, processes, start
 
     def __iter__(self) -> Iterator[list[int]]:
-        current, permutation = -1, torch.empty(0)
-        for number in itertools.count(self.start):
-            indices = []
-            for place in range(self.batch):
-                epoch, within = divmod((number * self.processes + self.process) * self.batch + place, self.count)
-                if epoch != current:
-                    current = epoch
-                    permutation = torch.randperm(self.count, generator=generator(self.seed, ORDER, epoch))
-                indices.append(int(permutation[within]))
-            yield indices
+        dealt = [0] * len(self.groups)
+        passes = [_Pass(self.seed, group, members) for group, members in enumerate(self.groups)]
+        for number in itertools.count():
+            chosen = min(range(len(dealt)), key=lambda group: (dealt[group] + 1) / len(self.groups[group]))
+            first = dealt[chosen] * self.batch
+            dealt[chosen] += 1
+            if number % self.processes == self.process and number // self.processes >= self.start:
+                yield [passes[chosen][place] for place in range(first, first + self.batch)]
 
 
-def loader(pictures: Pictures, order: Order, workers: int) -> Iterable[Batch]:
-    """`Batch` after `Batch`, prepared by `workers` processes; 0 prepares them between the steps."""
-    return DataLoader(pictures, batch_sampler=order, num_workers=workers, collate_fn=_collate)
+class _Pass:
+    """The members of a group, pass after pass, each in an order of its own."""
+
+    def __init__(self, seed: int, group: int, members: Sequence[int]) -> None:
+        self.seed, self.group, self.members = seed, group, members
+        self.epoch, self.permutation = -1, torch.empty(0)
+
+    def __getitem__(self, place: int) -> int:
+        epoch, within = divmod(place, len(self.members))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            random = generator(self.seed, ORDER, epoch, self.group)
+            self.permutation = torch.randperm(len(self.members), generator=random)
+        return self.members[int(self.permutation[within])]
+
+
+def loader(pictures: Pictures, batches: Iterable[list[int]], workers: int) -> Iterator[Batch]:
+    """`Batch` after `Batch`, prepared by `workers` processes; 0 prepares them when they are asked for.
+
+    Raises:
+        JobFailed: a picture could not be read.
+    """
+    try:
+        yield from DataLoader(pictures, batch_sampler=batches, num_workers=workers, collate_fn=_collate)
+    except JobFailed as error:
+        # A worker process hands on the whole traceback as the message.
+        raise JobFailed(str(error).strip().splitlines()[-1].removeprefix(f"{JobFailed.__module__}.")) from error
 
 
 def generator(*numbers: int) -> torch.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ DEFAULT_STEPS = 25
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn; None is the pipeline's own."""
+    """How pictures are drawn; None is the pipeline's own. The last is the number of tokens a caption is padded to."""
 
-    side: int
+    width: int
+    height: int
     steps: int = DEFAULT_STEPS
     guidance: float | None = None
+    max_sequence_length: int | None = None
 
 
 def draw(pipe: Any, captions: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> list[Image.Image]:
@@ -34,14 +37,16 @@ def draw(pipe: Any, captions: Sequence[str], seeds: Sequence[int], sampling: Sam
     Raises:
         JobFailed: one is black, which nobody should learn from or be compared with.
     """
-    guidance = {} if sampling.guidance is None else {"guidance_scale": sampling.guidance}
+    more: dict[str, Any] = {} if sampling.guidance is None else {"guidance_scale": sampling.guidance}
+    if sampling.max_sequence_length is not None:
+        more["max_sequence_length"] = sampling.max_sequence_length
     output = pipe(
         list(captions),
-        height=sampling.side,
-        width=sampling.side,
+        height=sampling.height,
+        width=sampling.width,
         num_inference_steps=sampling.steps,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        **guidance,
+        **more,
     )
     pictures: list[Image.Image] = output.images
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
@@ -57,7 +62,7 @@ def draw_folder(
     pipe: Any,
     captions: Sequence[str],
     folder: Path,
-    sampling: Sampling,
+    samplings: Sequence[Sampling],
     *,
     seed: int,
     batch: int,
@@ -68,6 +73,7 @@ def draw_folder(
     """Draw captions into a folder of pictures with a metadata.jsonl; what an earlier run has drawn is kept.
 
     Args:
+        samplings: taken in turn.
         seed: that of the first caption, the next ones follow.
         batch: pictures drawn together.
         process, processes: which share of the captions to draw, so that several processes can divide them.
@@ -82,13 +88,17 @@ def draw_folder(
     names = [f"{number:06d}.png" for number in range(len(captions))]
     lines = [{"file_name": name, "text": text} for name, text in zip(names, captions, strict=True)]
     document = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    recipe = {"side": sampling.side, "steps": sampling.steps, "guidance": sampling.guidance, "seed": seed}
+    recipe = {"samplings": [vars(sampling) for sampling in samplings], "seed": seed}
     for name, text in ((METADATA, document), ("recipe.json", json.dumps(recipe) + "\n")):
         _agree(folder / name, text, process)
-    missing = [number for number in range(process, len(names), processes) if not (folder / names[number]).exists()]
-    progress(len(range(process, len(names), processes)) - len(missing))
-    for first in range(0, len(missing), batch):
-        part = missing[first : first + batch]
+    share = range(process, len(names), processes)
+    missing: dict[Sampling, list[int]] = defaultdict(list)
+    for number in share:
+        if not (folder / names[number]).exists():
+            missing[samplings[number % len(samplings)]].append(number)
+    progress(len(share) - sum(map(len, missing.values())))
+    parts = [(s, numbers[i : i + batch]) for s, numbers in missing.items() for i in range(0, len(numbers), batch)]
+    for sampling, part in parts:
         pictures = draw(pipe, [captions[number] for number in part], [seed + number for number in part], sampling)
         for number, picture in zip(part, pictures, strict=True):
             with writing(folder / names[number]), save.atomic(folder / names[number]) as file:

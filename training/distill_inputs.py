@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,22 +9,7 @@ from torch import Tensor
 
 from ..pipelines.errors import BadInput
 from .distill_data import Batch
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Arguments of a U-Net call, and what it should predict.
-
-    Attributes:
-        noisy, target: `[B, C, h, w]`.
-        timesteps: `[B]`.
-        conditions: further arguments by name.
-    """
-
-    noisy: Tensor
-    timesteps: Tensor
-    target: Tensor
-    conditions: dict[str, Any]
+from .distill_student import Inputs
 
 
 class InputMaker:
@@ -67,12 +51,12 @@ class InputMaker:
         total = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(total, (len(latents),), generator=generator).to(self.device)
         dropped = torch.rand(len(latents), generator=generator) < self.caption_dropout
-        return Inputs(
-            self.scheduler.add_noise(latents, noise, timesteps),
-            timesteps,
-            self._target(latents, noise, timesteps),
-            self._conditions(batch, dropped.to(self.device)),
-        )
+        arguments = {
+            "sample": self.scheduler.add_noise(latents, noise, timesteps),
+            "timestep": timesteps,
+            **self._conditions(batch, dropped.to(self.device)),
+        }
+        return Inputs(arguments, self._target(latents, noise, timesteps))
 
     def _encode(self, pictures: Tensor, generator: torch.Generator) -> Tensor:
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents

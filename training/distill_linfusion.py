@@ -1,37 +1,41 @@
-"""Teacher and student of a LinFusion distillation in one U-Net: frozen weights, two kinds of self-attention."""
+"""LinFusion's part of a distillation: linear attention with weights to train in a U-Net."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from ..accel.errors import AttnswapWarning
-from ..accel.install import installed_in
 from ..accel.methods import linfusion_weights as weights_files
-from ..accel.methods.linfusion import LinFusion, LinFusionStrategy
+from ..accel.methods.linfusion import LinFusion
 from ..accel.methods.linfusion_layer import CHILD, LinFusionLayer, from_stock
-from ..accel.swap import enable
+from ..accel.methods.linfusion_weights import CONFIG, WEIGHTS
+from ..pipelines import load
 from ..pipelines.errors import BadInput
+from ..pipelines.presets import Preset
+from ..pipelines.resolve import check_side, size_multiple
 from .distill_checkpoint import writing
+from .distill_data import Batch, Example, Order, Pictures, Size, loader
+from .distill_drawing import DEFAULT_STEPS, Sampling
+from .distill_inputs import InputMaker
+from .distill_method import Method, Say
+from .distill_settings import LinFusionSettings
+from .distill_student import Inputs, Student
 
 # The published SDXL weights have MLPs of a sixteenth of the layer's width, those for SD 1.5 and 2.1 of the full width.
 SDXL_MID = "C/16"
 FULL_MID = "C"
 
 
-class LinFusionStudent:
+class LinFusionStudent(Student):
     """Linear attention with weights to train in every self-attention layer of a U-Net (arXiv 2409.02097).
 
-    It starts from the U-Net's own projections with MLPs that add nothing. Everything else is frozen.
+    It starts from the U-Net's own projections with MLPs that add nothing. All layers are compared with the teacher's.
 
     Args:
         unet: changed in place until `remove`.
@@ -43,107 +47,34 @@ class LinFusionStudent:
         BadInput: a width that is none.
     """
 
+    child = CHILD
+
     def __init__(self, unet: nn.Module, *, mid: str = FULL_MID, seed: int = 0) -> None:
-        self.unet = unet.requires_grad_(False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AttnswapWarning)  # that its weights are not distilled yet
-            self._handle = enable(unet, LinFusion(weights=None))
-        self._strategy = cast(LinFusionStrategy, installed_in(unet).strategies[0])  # type: ignore[union-attr]
-        attention = self._strategy.attention
+        super().__init__(unet, LinFusion(weights=None))
         self.shapes = [
             replace(layer, projection_mid_dim=_published(width, layer.dim_n))
-            for layer in weights_files.layers_of(attention)
+            for layer in weights_files.layers_of(self.attention)
             for width in (width_of(mid, layer.dim_n),)
         ]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for attn, layer in zip(attention.values(), self.shapes, strict=True):
+            for attn, layer in zip(self.attention.values(), self.shapes, strict=True):
                 tensors = from_stock(attn, layer.projection_mid_dim)
                 trained = {name: tensor.float() for name, tensor in tensors.items()}
                 attn.add_module(CHILD, LinFusionLayer(trained, trainable=True))
-        self._outputs: dict[str, Tensor] = {}
-        self._recording = False
-        self._hooks = [attn.register_forward_hook(self._recorder(name)) for name, attn in attention.items()]
+        self._watch(self.attention)
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by the names it will have in the checkpoint."""
-        return {
-            f"{i}.{name}": cast(nn.Parameter, parameter)
-            for i, attn in enumerate(self._strategy.attention.values())
-            for name, parameter in getattr(attn, CHILD).published()
-        }
+    def tensors(self) -> dict[str, dict[str, nn.Parameter]]:
+        # The published files number the layers.
+        return {str(i): named for i, named in enumerate(super().tensors().values())}
 
-    @contextlib.contextmanager
-    def as_teacher(self) -> Iterator[None]:
-        """In this block the U-Net is the stock one, and no gradient is kept.
-
-        Bit for bit, where it is called as it would be without training: one that Accelerate prepared for mixed
-        precision runs in autocast as teacher, too.
-        """
-        self._strategy.active = False
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self._strategy.active = True
-
-    def losses(
-        self, model: Any, noisy: Tensor, timesteps: Tensor, target: Tensor, conditions: dict[str, Any]
-    ) -> Tensor:
-        """The three terms of the published training, mean squared errors `[3]` in fp32: against the data's target,
-        the teacher's prediction, and the teacher's output in each self-attention layer, a mean over the layers.
-
-        Args:
-            model: what to call for the student: the U-Net, or a wrapper of it for several processes.
-            noisy, target: `[B, C, h, w]`.
-            timesteps: `[B]`.
-            conditions: further arguments of the U-Net.
-        """
-        self._recording = True
-        try:
-            with self.as_teacher():
-                taught = self.unet(noisy, timesteps, **conditions).sample
-            taught_layers = self._take()
-            predicted = model(noisy, timesteps, **conditions).sample
-        finally:
-            self._recording = False
-            layers = self._take()
-        by_layer = [_squared_error(layers[name], taught_layers[name]) for name in layers]
-        return torch.stack(
-            [_squared_error(predicted, target), _squared_error(predicted, taught), torch.stack(by_layer).mean()]
-        )
-
-    def save(self, folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float16) -> None:
-        """Write `tensors`, named as `named_parameters`, in the published layout.
-
-        Raises:
-            JobFailed: it could not be written.
-        """
-        layers: list[dict[str, Tensor]] = [{} for _ in self.shapes]
-        for key, tensor in tensors.items():
-            index, _, name = key.partition(".")
-            layers[int(index)][name] = tensor.detach().to("cpu", dtype)
+    def save(self, folder: Path) -> None:
+        layers = [
+            {name: tensor.detach().to("cpu", torch.float16) for name, tensor in named.items()}
+            for named in self.tensors().values()
+        ]
         with writing(folder):
             weights_files.save(folder, self.shapes, layers)
-
-    def remove(self) -> None:
-        """Leave the U-Net as it was."""
-        for hook in self._hooks:
-            hook.remove()
-        self._handle.disable()
-
-    def _recorder(self, name: str) -> Any:
-        def record(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            # Gradient checkpointing calls the layers once more in the backward pass; kept, that would take the memory
-            # it saves.
-            if self._recording:
-                self._outputs[name] = output
-
-        return record
-
-    def _take(self) -> dict[str, Tensor]:
-        taken, self._outputs = self._outputs, {}
-        return taken
 
 
 def width_of(mid: str, channels: int) -> int:
@@ -165,5 +96,51 @@ def _published(width: int, channels: int) -> int | None:
     return None if width == channels else width
 
 
-def _squared_error(first: Tensor, second: Tensor) -> Tensor:
-    return F.mse_loss(first.float(), second.float())
+class LinFusionMethod(Method):
+    """LinFusion for the U-Nets of SD 1.5, SD 2.1 and SDXL, on square pictures that are encoded in each step."""
+
+    part = "unet"
+    files = (CONFIG, WEIGHTS)
+    settings: LinFusionSettings
+
+    def __init__(self, settings: LinFusionSettings, pipe: Any, preset: Preset, *, device: torch.device) -> None:
+        super().__init__(settings, pipe, preset, device=device)
+        side = settings.size or preset.native_side or pipe.unet.config.sample_size * pipe.vae_scale_factor
+        check_side("--size", side, size_multiple(pipe))
+        self.samplings = [Sampling(side, side, preset.steps or DEFAULT_STEPS, preset.guidance)]
+        self.input_maker = InputMaker(pipe, settings.model, device=device, caption_dropout=settings.caption_dropout)
+        self.mid = settings.mid or (SDXL_MID if self.input_maker.is_xl else FULL_MID)
+
+    @classmethod
+    def check(cls, settings: LinFusionSettings, model: load.Model) -> None:
+        if "unet" not in model.denoisers:
+            has = ", ".join(f"{part} ({kind})" for part, kind in model.denoisers.items())
+            raise BadInput(f"{settings.model}: LinFusion is for U-Nets, it has {has}.")
+
+    @classmethod
+    def config(cls, settings: LinFusionSettings, weights: str | None) -> LinFusion:
+        return LinFusion(weights=weights)
+
+    def student(self) -> LinFusionStudent:
+        return LinFusionStudent(self.pipe.unet, mid=self.mid, seed=self.settings.seed)
+
+    def sizes(self, examples: list[Example]) -> list[Size]:
+        return [(self.samplings[0].width, self.samplings[0].height)] * len(examples)
+
+    def prepare(self, pictures: Pictures, accelerator: Any, say: Say) -> None:
+        super().prepare(pictures, accelerator, say)
+        if self.input_maker.upcast():
+            say("the autoencoder encodes in float32: this one overflows in float16")
+
+    def batches(self, order: Order) -> Iterator[Batch]:
+        return loader(self.pictures, order, self.settings.workers)
+
+    def inputs(self, batch: Batch, generator: torch.Generator) -> Inputs:
+        return self.input_maker(batch, generator)
+
+    def restore(self) -> None:
+        if self.pipe.vae.dtype != self.input_maker.dtype:
+            self.pipe.vae.to(self.input_maker.dtype)
+
+    def facts(self) -> dict[str, Any]:
+        return {"mid": self.mid, "size": self.samplings[0].width}

@@ -11,21 +11,22 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..accel.methods.linfusion import LinFusion
 from ..accel.swap import enabled
 from ..pipelines import save
 from ..pipelines.emoji_reference import psnr
-from .distill import Run
+from ..pipelines.errors import BadInput
 from .distill_checkpoint import writing
 from .distill_drawing import draw
+from .distill_evaluate import Figures, captions_of, measure
 from .distill_settings import TERMS
+from .distill_trainer import Run
 
 INK, GRID, PAPER = "#222222", "#dddddd", "white"
 COLOURS = {"target": "#0072b2", "teacher": "#d55e00", "layers": "#009e73"}  # told apart by the colour-blind, too
 LEGEND = {
     "target": "prediction against the data's target",
     "teacher": "prediction against the teacher's",
-    "layers": "self-attention against the teacher's",
+    "layers": "attention against the teacher's",
 }
 WIDTH, HEIGHT = 960, 560
 LEFT, RIGHT, TOP, BOTTOM = 90, 30, 60, 70
@@ -60,6 +61,7 @@ def write_report(run: Run) -> dict[str, Any]:
         with writing(folder):
             side_by_side(captions, *pairs).save(folder / "pictures.png", optimize=True)
         report["psnr_to_teacher"] = round(psnr(*(np.stack([np.asarray(p) / 255 for p in part]) for part in pairs)), 2)
+    report["measured"] = measured(run)
     with writing(folder):
         save.write_json(report, folder / "report.json")
     return report
@@ -76,8 +78,24 @@ def teacher_and_student(run: Run, captions: Sequence[str]) -> tuple[list[Image.I
         return made
 
     teacher = pictures()
-    with enabled(run.pipe, LinFusion(weights=str(run.settings.output))):
+    with enabled(run.pipe, run.after):
         return teacher, pictures()
+
+
+def measured(run: Run) -> Figures | None:
+    """Dense attention, and the method before and after, by a model's own captions; None for a model without them.
+
+    The weights are read back from the output folder.
+    """
+    count = run.settings.report_captions
+    if not count or not (run.model.folder / "reference").is_dir():
+        return None
+    captions = captions_of(run.model, None, count, run.settings.seed)
+    methods = {"before": run.before, "after": run.after}
+    try:
+        return measure(run.pipe, methods, captions, run.sampling, batch=run.settings.batch, seed=run.settings.seed)
+    except BadInput as error:
+        return {"skipped": str(error)}  # the training is done: what a report lacks must not end it
 
 
 def loss_curves(rows: Sequence[dict[str, float]]) -> Image.Image:
@@ -133,7 +151,7 @@ def side_by_side(
     pen = ImageDraw.Draw(sheet)
     for place, (caption, *pair) in enumerate(zip(captions, teacher, student, strict=True)):
         left, top = place % columns * pair_width + gap, place // columns * pair_height + gap
-        for side, (title, picture) in enumerate(zip(("teacher (softmax)", "student (linear)"), pair, strict=True)):
+        for side, (title, picture) in enumerate(zip(("teacher", "student"), pair, strict=True)):
             x = left + side * (width + gap)
             pen.text((x + width / 2, top + head / 2), title, INK, _font(15), anchor="mm")
             sheet.paste(picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (x, top + head))

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..accel.methods.clear import Clear
 from ..pipelines.errors import BadInput
 
 CAPTIONS = "captions"
 TERMS = ("target", "teacher", "layers")
 # What a resumed run may change; the rest decides what it would have come to.
-FREE = ("steps", "minutes", "output", "resume", "save_every", "workers", "cpu", "report_pictures")
+FREE = ("steps", "minutes", "output", "resume", "save_every", "workers", "cpu", "report_pictures", "report_captions")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A distillation.
+    """A distillation, whatever the method.
 
     Attributes:
         model: bundled name, folder or Hub id of the teacher.
@@ -30,14 +31,15 @@ class Settings:
         batch: pictures a process takes at once.
         accumulate: such batches a step.
         rate: learning rate, constant.
-        loss_weights: of the three terms of the loss, see `LinFusionStudent.losses`.
-        mid: width of the MLPs ("C", "C/16", a number); None is as published for this kind of model.
+        clip: largest norm of the gradient; None for any.
+        loss_weights: of the three terms of the loss, see `Student.losses`.
         caption_dropout: share of captions left out.
         ema: decay of an average of the weights, which is then what is saved; None for none.
         mixed_precision: "no", "fp16" or "bf16"; the weights that are trained stay float32.
         per_caption: pictures drawn a caption, where the teacher draws.
         resume: go on with the run in `output`.
         report_pictures: pictures drawn for the report.
+        report_captions: captions by which a model with reference pictures is measured for it, before and after.
     """
 
     model: str
@@ -49,8 +51,8 @@ class Settings:
     batch: int = 4
     accumulate: int = 1
     rate: float = 1e-4
+    clip: float | None = None
     loss_weights: tuple[float, float, float] = (1.0, 0.5, 0.5)
-    mid: str | None = None
     caption_dropout: float = 0.0
     ema: float | None = None
     mixed_precision: str = "no"
@@ -63,6 +65,7 @@ class Settings:
     workers: int = 0
     cpu: bool = False
     report_pictures: int = 6
+    report_captions: int = 24
 
     def check(self) -> None:
         """Refuse what cannot be run.
@@ -70,12 +73,12 @@ class Settings:
         Raises:
             BadInput: with the option and its value.
         """
-        positive = ("size", "steps", "minutes", "batch", "accumulate", "rate", "per_caption", "save_every")
+        positive = ("size", "steps", "minutes", "batch", "accumulate", "rate", "clip", "per_caption", "save_every")
         for name in positive:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise BadInput(f"{flag(name)} {value}: must be above 0.")
-        for name in ("workers", "report_pictures"):
+        for name in ("workers", "report_pictures", "report_captions"):
             if getattr(self, name) < 0:
                 raise BadInput(f"{flag(name)} {getattr(self, name)}: must not be below 0.")
         if not 0 <= self.seed < 2**63:
@@ -93,8 +96,63 @@ class Settings:
 
     def fixed(self) -> dict[str, Any]:
         """What a resumed run must have as it was, as JSON knows it."""
-        document = dataclasses.asdict(self) | {"loss_weights": list(self.loss_weights)}
-        return {name: value for name, value in document.items() if name not in FREE}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in FREE
+        }
+
+
+@dataclass(frozen=True)
+class LinFusionSettings(Settings):
+    """A distillation of LinFusion weights.
+
+    Attributes:
+        mid: width of the MLPs ("C", "C/16", a number); None is as published for this kind of model.
+    """
+
+    mid: str | None = None
+
+
+@dataclass(frozen=True)
+class ClearSettings(Settings):
+    """A distillation of CLEAR weights.
+
+    Attributes:
+        radius, down_factor: of the attention that is trained, see `Clear`.
+        every: of the model's attention layers, counted from 0, those whose number this divides are compared with the
+            teacher's, where they are in single blocks (4, as published: the single blocks 1, 5, … 37 of FLUX.1).
+        width, height: sizes of the pictures in pixels, in pairs; each picture takes the one nearest to its shape.
+            Without them a folder's pictures keep their shapes, about as large as a square of `size`.
+        guidance: what the model is told in training and when it draws, where it takes that as a number.
+    """
+
+    clip: float | None = 1.0
+    radius: float = 16
+    down_factor: int | None = None
+    every: int = 4
+    width: tuple[int, ...] = ()
+    height: tuple[int, ...] = ()
+    guidance: float = 3.5
+
+    def check(self) -> None:
+        super().check()
+        try:
+            Clear(radius=self.radius, down_factor=self.down_factor)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        if self.every < 1:
+            raise BadInput(f"--every {self.every}: must be above 0.")
+        if not 0 <= self.guidance < math.inf:
+            raise BadInput(f"--guidance {self.guidance}: must not be below 0.")
+        if len(self.width) != len(self.height):
+            raise BadInput(f"{len(self.width)} numbers for --width, {len(self.height)} for --height: give pairs.")
+        for name in ("width", "height"):
+            for side in getattr(self, name):
+                if side < 1:
+                    raise BadInput(f"{flag(name)} {side}: must be above 0.")
+        if self.width and self.size is not None:
+            raise BadInput("--size goes without --width and --height.")
 
 
 def flag(name: str) -> str:

@@ -12,13 +12,15 @@ import pytest
 import torch
 from attnswap.pipelines import load
 from attnswap.pipelines.errors import BadInput, JobFailed
-from attnswap.training.distill import Run, _check_output, distill
+from attnswap.training.distill import _check_output, distill
 from attnswap.training.distill_checkpoint import Checkpoint
 from attnswap.training.distill_data import Order, Pictures, generator, loader, read_folder
-from attnswap.training.distill_inputs import InputMaker, Inputs
-from attnswap.training.distill_linfusion import LinFusionStudent
+from attnswap.training.distill_inputs import InputMaker
+from attnswap.training.distill_linfusion import LinFusionMethod, LinFusionStudent
 from attnswap.training.distill_report import side_by_side, write_report
-from attnswap.training.distill_settings import TERMS, Settings
+from attnswap.training.distill_settings import TERMS, LinFusionSettings
+from attnswap.training.distill_student import Inputs
+from attnswap.training.distill_trainer import Run
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -32,17 +34,18 @@ def pipeline(folder: Path) -> Any:
 
 def inputs_of(pipe: Any, pictures: Path, side: int, count: int = 2, **options: Any) -> Inputs:
     make = InputMaker(pipe, "tiny", device=torch.device("cpu"), **options)
-    batch = next(iter(loader(Pictures(read_folder(pictures), side), Order(6, count, seed=0), 0)))
+    squares = Pictures(read_folder(pictures), [(side, side)] * 6)
+    batch = next(iter(loader(squares, Order([range(6)], count, seed=0), 0)))
     return make(batch, generator(0))
 
 
 def losses(student: LinFusionStudent, inputs: Inputs) -> torch.Tensor:
-    return student.losses(student.unet, inputs.noisy, inputs.timesteps, inputs.target, inputs.conditions)
+    return student.losses(student.model, inputs)
 
 
 def call(unet: Any, inputs: Inputs) -> torch.Tensor:
     with torch.no_grad():
-        return unet(inputs.noisy, inputs.timesteps, **inputs.conditions).sample
+        return unet(**inputs.arguments).sample
 
 
 @pytest.fixture(params=["sd", "sdxl"])
@@ -172,7 +175,7 @@ def plain_linear_attention(
 class TestInputs:
     def test_sdxl_is_told_size_and_crop(self, tiny_sdxl: Path, pictures: Path) -> None:
         inputs = inputs_of(pipeline(tiny_sdxl), pictures, 32)
-        extra = inputs.conditions["added_cond_kwargs"]
+        extra = inputs.arguments["added_cond_kwargs"]
         # 80 x 64 pictures, scaled to 40 x 32: four columns are cut off on either side.
         assert extra["time_ids"].tolist() == [[64, 80, 0, 4, 32, 32]] * 2
         assert extra["text_embeds"].shape == (2, 8)
@@ -182,7 +185,7 @@ class TestInputs:
         pipe = pipeline(tiny_sd)
         pipe.scheduler.register_to_config(prediction_type=kind)
         inputs = inputs_of(pipe, pictures, 64)
-        share = pipe.scheduler.alphas_cumprod[inputs.timesteps].view(-1, 1, 1, 1)
+        share = pipe.scheduler.alphas_cumprod[inputs.arguments["timestep"]].view(-1, 1, 1, 1)
         clean, noise = {
             "epsilon": lambda x, t: ((x - (1 - share).sqrt() * t) / share.sqrt(), t),
             "sample": lambda x, t: (t, (x - share.sqrt() * t) / (1 - share).sqrt()),
@@ -190,9 +193,9 @@ class TestInputs:
                 share.sqrt() * x - (1 - share).sqrt() * t,
                 (1 - share).sqrt() * x + share.sqrt() * t,
             ),
-        }[kind](inputs.noisy, inputs.target)
-        again = pipe.scheduler.add_noise(clean, noise, inputs.timesteps)
-        torch.testing.assert_close(again, inputs.noisy, atol=1e-4, rtol=1e-4)
+        }[kind](inputs.arguments["sample"], inputs.target)
+        again = pipe.scheduler.add_noise(clean, noise, inputs.arguments["timestep"])
+        torch.testing.assert_close(again, inputs.arguments["sample"], atol=1e-4, rtol=1e-4)
         assert noise.std().item() == pytest.approx(1, abs=0.15)
         expected = InputMaker(pipe, "tiny", device=torch.device("cpu"))
         assert expected.scheduler.config.prediction_type == kind
@@ -200,8 +203,8 @@ class TestInputs:
     def test_dropped_captions_are_what_the_pipeline_uses_for_none(self, tiny: tuple[Path, int], pictures: Path) -> None:
         folder, side = tiny
         pipe = pipeline(folder)
-        text = inputs_of(pipe, pictures, side, 6).conditions
-        some = inputs_of(pipe, pictures, side, 6, caption_dropout=0.5).conditions
+        text = inputs_of(pipe, pictures, side, 6).arguments
+        some = inputs_of(pipe, pictures, side, 6, caption_dropout=0.5).arguments
         none = pipe.encode_prompt(
             prompt=["x"], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
         )[1]
@@ -212,8 +215,8 @@ class TestInputs:
 
 
 @pytest.fixture
-def settings(tiny_sdxl: Path, pictures: Path, tmp_path: Path) -> Settings:
-    return Settings(
+def settings(tiny_sdxl: Path, pictures: Path, tmp_path: Path) -> LinFusionSettings:
+    return LinFusionSettings(
         model=str(tiny_sdxl),
         data=str(pictures),
         output=tmp_path / "out",
@@ -227,7 +230,7 @@ def settings(tiny_sdxl: Path, pictures: Path, tmp_path: Path) -> Settings:
 
 
 class TestRun:
-    def test_the_unet_is_stock_again(self, settings: Settings) -> None:
+    def test_the_unet_is_stock_again(self, settings: LinFusionSettings) -> None:
         run = distill(settings)
         assert isinstance(run, Run)
         stock = pipeline(Path(settings.model)).unet
@@ -238,7 +241,7 @@ class TestRun:
             assert torch.equal(tensor, run.pipe.unet.state_dict()[name]), name
 
     @pytest.mark.parametrize("more", [{}, {"accumulate": 2, "ema": 0.9, "mixed_precision": "fp16"}])
-    def test_a_resumed_run_is_the_run(self, settings: Settings, tmp_path: Path, more: dict[str, Any]) -> None:
+    def test_a_resumed_run_is_the_run(self, settings: LinFusionSettings, tmp_path: Path, more: dict[str, Any]) -> None:
         settings = dataclasses.replace(settings, **more)
         straight = distill(settings)
         parted = dataclasses.replace(settings, output=tmp_path / "parted", save_every=2)
@@ -253,7 +256,7 @@ class TestRun:
         first, second = (load_file(s.output / "diffusion_pytorch_model.safetensors") for s in (settings, parted))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
-    def test_a_run_goes_on_after_a_cut_list_of_losses(self, settings: Settings) -> None:
+    def test_a_run_goes_on_after_a_cut_list_of_losses(self, settings: LinFusionSettings) -> None:
         settings = dataclasses.replace(settings, steps=2)
         distill(settings)
         listed = settings.output / "checkpoint" / "losses.jsonl"
@@ -266,20 +269,20 @@ class TestRun:
         assert [json.loads(line)["step"] for line in listed.read_text().splitlines()] == [1, 3]
         write_report(run)
 
-    def test_a_run_killed_while_writing_goes_on(self, settings: Settings) -> None:
+    def test_a_run_killed_while_writing_goes_on(self, settings: LinFusionSettings) -> None:
         distill(dataclasses.replace(settings, steps=1))
         (settings.output / ".config.json.77.part").write_text("{")
         assert distill(dataclasses.replace(settings, steps=2, resume=True)) is not None
 
-    def test_a_run_keeps_its_number_of_processes(self, settings: Settings) -> None:
+    def test_a_run_keeps_its_number_of_processes(self, settings: LinFusionSettings) -> None:
         distill(dataclasses.replace(settings, steps=1))
         checkpoint = Checkpoint(settings.output / "checkpoint")
         with pytest.raises(BadInput, match="--resume: the number of processes was 1, not 2"):
-            _check_output(dataclasses.replace(settings, resume=True), checkpoint, 2)
+            _check_output(dataclasses.replace(settings, resume=True), LinFusionMethod.files, checkpoint, 2)
 
-    def test_a_damaged_picture_costs_no_step(self, settings: Settings, pictures: Path) -> None:
+    def test_a_damaged_picture_costs_no_step(self, settings: LinFusionSettings, pictures: Path) -> None:
         examples = read_folder(pictures)
-        third = next(iter(Order(len(examples), 2, seed=0, start=2)))[0]
+        third = next(iter(Order([range(len(examples))], 2, seed=0, start=2)))[0]
         whole = examples[third].path.read_bytes()
         examples[third].path.write_bytes(whole[:2000])
         with pytest.raises(JobFailed, match=f"{examples[third].path.name} could not be read"):
@@ -299,14 +302,14 @@ class TestRun:
             ("diffusion_pytorch_model.safetensors", "out"),
         ],
     )
-    def test_what_cannot_be_written_is_named(self, settings: Settings, name: str, named: str) -> None:
+    def test_what_cannot_be_written_is_named(self, settings: LinFusionSettings, name: str, named: str) -> None:
         (settings.output / "checkpoint").mkdir(parents=True)
         (settings.output / name).mkdir()
         with pytest.raises(JobFailed, match=f"{named} could not be written: Is a directory"):
             distill(dataclasses.replace(settings, steps=1, resume=True))
         assert not list(settings.output.rglob("*.part"))
 
-    def test_a_full_disk_is_one_line(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_full_disk_is_one_line(self, settings: LinFusionSettings, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: Any) -> None:
             raise SafetensorError("No space left on device")
 
@@ -314,14 +317,14 @@ class TestRun:
         with pytest.raises(JobFailed, match=r"state\.safetensors could not be written: No space left on device"):
             distill(dataclasses.replace(settings, steps=1))
 
-    def test_a_report_that_cannot_be_written(self, settings: Settings) -> None:
+    def test_a_report_that_cannot_be_written(self, settings: LinFusionSettings) -> None:
         run = distill(dataclasses.replace(settings, steps=1))
         assert isinstance(run, Run)
         (settings.output / "report" / "loss.png").mkdir(parents=True)
         with pytest.raises(JobFailed, match="report could not be written: Is a directory"):
             write_report(run)
 
-    def test_what_is_written_can_be_used(self, settings: Settings, tiny: tuple[Path, int]) -> None:
+    def test_what_is_written_can_be_used(self, settings: LinFusionSettings, tiny: tuple[Path, int]) -> None:
         folder, _ = tiny
         settings = dataclasses.replace(settings, model=str(folder), steps=2)
         assert distill(settings) is not None
@@ -338,7 +341,7 @@ class TestRun:
         files = {path.suffix for path in settings.output.rglob("*") if path.is_file()}
         assert files == {".json", ".jsonl", ".safetensors"}
 
-    def test_an_average_is_what_is_saved(self, settings: Settings) -> None:
+    def test_an_average_is_what_is_saved(self, settings: LinFusionSettings) -> None:
         settings = dataclasses.replace(settings, ema=0.9)
         assert distill(settings) is not None
         state = load_file(settings.output / "checkpoint" / "state.safetensors")
@@ -346,33 +349,33 @@ class TestRun:
         assert any(not torch.equal(saved[name], state[f"student.{name}"].half()) for name in saved)
         assert all(torch.equal(saved[name], state[f"average.{name}"].half()) for name in saved)
 
-    def test_minutes_end_a_run(self, settings: Settings) -> None:
+    def test_minutes_end_a_run(self, settings: LinFusionSettings) -> None:
         run = distill(dataclasses.replace(settings, steps=None, minutes=1e-9))
         assert isinstance(run, Run)
         assert len(run.losses) == 1
 
-    def test_a_longer_run_begins_as_the_shorter(self, settings: Settings, tmp_path: Path) -> None:
+    def test_a_longer_run_begins_as_the_shorter(self, settings: LinFusionSettings, tmp_path: Path) -> None:
         short = distill(dataclasses.replace(settings, steps=2))
         long = distill(dataclasses.replace(settings, output=tmp_path / "long", workers=1, steps=4))
         assert isinstance(short, Run)
         assert isinstance(long, Run)
         assert short.losses == long.losses[:2]
 
-    def test_each_step_has_its_own_noise(self, settings: Settings, pictures: Path) -> None:
+    def test_each_step_has_its_own_noise(self, settings: LinFusionSettings, pictures: Path) -> None:
         metadata = pictures / "metadata.jsonl"
         metadata.write_text(metadata.read_text().splitlines()[0])
         run = distill(dataclasses.replace(settings, batch=1, rate=1e-12, caption_dropout=0.0))
         assert isinstance(run, Run)
         assert len({round(row["target"], 4) for row in run.losses}) == len(run.losses) == 4
 
-    def test_mixed_precision_keeps_the_trained_weights_in_float32(self, settings: Settings) -> None:
+    def test_mixed_precision_keeps_the_trained_weights_in_float32(self, settings: LinFusionSettings) -> None:
         run = distill(dataclasses.replace(settings, mixed_precision="bf16", steps=2))
         assert isinstance(run, Run)
         assert run.pipe.unet.dtype == torch.bfloat16
         state = load_file(settings.output / "checkpoint" / "state.safetensors")
         assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
-    def test_report_shows_curves_pictures_and_figures(self, settings: Settings) -> None:
+    def test_report_shows_curves_pictures_and_figures(self, settings: LinFusionSettings) -> None:
         run = distill(settings)
         assert isinstance(run, Run)
         report = write_report(run)

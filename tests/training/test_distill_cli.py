@@ -1,4 +1,4 @@
-"""`attnswap distill linfusion` as a user meets it: what it writes, and one clear line for each wrong request."""
+"""`attnswap distill` as a user meets it: what it writes, and one clear line for each wrong request."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 from attnswap.cli import main
-from attnswap.training.distill_settings import Settings
+from attnswap.training.distill_settings import LinFusionSettings
 from attnswap.training.emoji_folder import write_folder
 from PIL import Image
 
 QUICK = ["--steps", "1", "--batch", "2", "--cpu", "--report-pictures", "1"]
 
 
-def distill(*arguments: str | Path) -> int:
-    return main(["distill", "linfusion", *map(str, arguments)])
+def distill(*arguments: str | Path, method: str = "linfusion") -> int:
+    return main(["distill", method, *map(str, arguments)])
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, method: str = "linfusion") -> str:
     capsys.readouterr()
-    assert distill(*arguments) == 2
+    assert distill(*arguments, method=method) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attnswap: ")]
     assert len(lines) == 1
     return lines[0]
@@ -49,6 +49,65 @@ def test_from_a_folder_to_weights_and_report_and_on_from_there(
     assert json.loads((out / "report" / "report.json").read_text())["steps"] == 2
 
 
+def test_clear_from_a_folder_to_weights_that_generate(
+    tiny_flux: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = ("--model", tiny_flux, "--data", pictures, "-o", out, *QUICK, "--width", "32,48", "--height", "32,32")
+    given += ("--radius", "3", "--down-factor", "2")
+    assert distill(*given, method="clear") == 0
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert names == {
+        "clear_local_3_down_2.safetensors",
+        "checkpoint/state.safetensors",
+        "checkpoint/losses.jsonl",
+        "report/loss.png",
+        "report/pictures.png",
+        "report/report.json",
+    }
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert (report["radius"], report["down_factor"], report["sizes"]) == (3, 2, ["48x32"])
+    assert "--radius was 3.0, not 4.0" in refused(capsys, *given, "--resume", "--radius", "4", method="clear")
+    picture = ("a fox", "--model", tiny_flux, "--width", "32", "--height", "32", "--steps", "1", "--method", "clear")
+    settings = ("--set", "radius=3", "--set", "down_factor=2", "--set", f"weights={out}", "-o", tmp_path / "fox.png")
+    assert main(["generate", *map(str, (*picture, *settings))]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--radius", "0.5"), "radius must be a number of tokens, at least 1, or None, got 0.5"),
+        (("--down-factor", "1"), "down_factor must be a whole number of tokens, at least 2"),
+        (
+            ("--size", "32", "--down-factor", "3"),
+            "--size 32 is not a multiple of 12, which this model with --down-factor 3 needs; nearest: 36",
+        ),
+        (("--width", "32,30", "--height", "32,32"), "--width 30 is not a multiple of 4"),
+        (("--width", "32,0", "--height", "32,32"), "--width 0: must be above 0"),
+        (("--width", "32", "--height", "-32"), "--height -32: must be above 0"),
+        (("--width", "32,64", "--height", "32"), "2 numbers for --width, 1 for --height: give pairs"),
+        (("--width", "32", "--height", "32", "--size", "32"), "--size goes without --width and --height"),
+        (("--every", "0"), "--every 0: must be above 0"),
+        (("--clip", "0"), "--clip 0.0: must be above 0"),
+        (("--guidance", "-1"), "--guidance -1.0: must not be below 0"),
+        (("--model", "TINY_SD"), "CLEAR is distilled for FluxPipeline, this is a StableDiffusionPipeline"),
+    ],
+)
+def test_a_wrong_request_for_clear_is_one_line(
+    tiny_flux: Path,
+    tiny_sd: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    given = [str(tiny_sd) if argument == "TINY_SD" else argument for argument in arguments]
+    common = ("--model", tiny_flux, "--data", pictures, "-o", tmp_path / "out", *QUICK)
+    assert message in refused(capsys, *common, *given, method="clear")
+    assert not list(tmp_path.glob("out/*"))
+
+
 @pytest.mark.parametrize("precision", ["no", "fp16"])
 def test_captions_are_drawn_by_the_teacher(
     tiny_sdxl: Path, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
@@ -67,7 +126,7 @@ def test_a_bundled_model_brings_captions(tmp_path: Path) -> None:
     from attnswap.pipelines import load
     from attnswap.training import distill as module
 
-    settings = Settings(model="emoji-sd", output=tmp_path, steps=1)
+    settings = LinFusionSettings(model="emoji-sd", output=tmp_path, steps=1)
     examples, captions = module._source(settings, load.find("emoji-sd"), False)
     assert not examples
     assert len(captions) == 770

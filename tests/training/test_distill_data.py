@@ -14,7 +14,18 @@ import pytest
 import torch
 from attnswap.pipelines import load
 from attnswap.pipelines.errors import BadInput, JobFailed
-from attnswap.training.distill_data import Example, Order, Pictures, generator, loader, read_captions, read_folder
+from attnswap.training.distill_data import (
+    Example,
+    Order,
+    Pictures,
+    generator,
+    loader,
+    nearest_shape,
+    picture_size,
+    read_captions,
+    read_folder,
+    same_area,
+)
 from attnswap.training.distill_drawing import Sampling, draw_folder
 from PIL import Image
 
@@ -95,7 +106,7 @@ class TestFolder:
         Image.fromarray(noise).save(path)
         path.write_bytes(path.read_bytes()[:2000])
         (tmp_path / "fox.txt").write_text("a fox")
-        batches = iter(loader(Pictures(read_folder(tmp_path), 8), Order(1, 1, seed=0), workers))
+        batches = iter(loader(Pictures(read_folder(tmp_path), [(8, 8)]), Order([range(1)], 1, seed=0), workers))
         with pytest.raises(JobFailed, match=r"fox\.png could not be read"):
             next(batches)
 
@@ -123,7 +134,7 @@ class TestPictures:
         image[height // 2 - 3 : height // 2 + 3, width // 2 - 3 : width // 2 + 3] = 255
         path = tmp_path / "p.png"
         Image.fromarray(image).save(path)
-        item = Pictures([Example(path, "x")], 40)[0]
+        item = Pictures([Example(path, "x")], [(40, 40)])[0]
         assert item["sizes"] == expected
         assert item["pixels"].shape == (3, 40, 40)
         rows, columns = (item["pixels"].mean((0, dim)) + 1 for dim in (2, 1))
@@ -134,14 +145,14 @@ class TestPictures:
     def test_range_and_transparency(self, tmp_path: Path) -> None:
         clear = picture(tmp_path / "clear.png", (255, 0, 0, 0), mode="RGBA")
         black = picture(tmp_path / "black.png", "black")
-        pictures = Pictures([Example(clear, "x"), Example(black, "y")], 8)
+        pictures = Pictures([Example(clear, "x"), Example(black, "y")], [(8, 8)] * 2)
         assert (pictures[0]["pixels"] == 1).all()
         assert (pictures[1]["pixels"] == -1).all()
 
     def test_grey_of_16_bits_keeps_its_range(self, tmp_path: Path) -> None:
         grey = np.repeat(np.array([0, 32639, 65535], np.uint16), 3).reshape(3, 3)
         Image.fromarray(grey).save(tmp_path / "grey.png")
-        pixels = Pictures([Example(tmp_path / "grey.png", "x")], 3)[0]["pixels"]
+        pixels = Pictures([Example(tmp_path / "grey.png", "x")], [(3, 3)])[0]["pixels"]
         torch.testing.assert_close(pixels[0, :, 0], torch.tensor([0, 127, 255]) / 127.5 - 1)
 
     def test_orientation_of_a_photograph(self, tmp_path: Path) -> None:
@@ -149,24 +160,59 @@ class TestPictures:
         exif = Image.Exif()
         exif[0x0112] = 6  # turned by a quarter
         Image.new("RGB", (80, 40)).save(path, exif=exif)
-        assert Pictures([Example(path, "x")], 40)[0]["sizes"][:2] == [80, 40]
+        assert Pictures([Example(path, "x")], [(40, 40)])[0]["sizes"][:2] == [80, 40]
+
+
+class TestSizes:
+    def test_a_picture_covers_its_size(self, tmp_path: Path) -> None:
+        item = Pictures([Example(picture(tmp_path / "p.png", size=(60, 60)), "x")], [(40, 20)])[0]
+        assert item["pixels"].shape == (3, 20, 40)
+        assert item["sizes"] == [60, 60, 10, 0, 20, 40]
+
+    def test_the_nearest_shape_counts_and_not_the_size(self) -> None:
+        choices = [(1024, 1024), (64, 32), (32, 64)]
+        assert [nearest_shape(size, choices) for size in ((100, 90), (2000, 1100), (3, 7))] == choices
+
+    def test_shapes_are_kept_within_a_step(self) -> None:
+        assert same_area((1920, 1080), 1024, 64) == (1344, 768)
+        assert same_area((1080, 1920), 1024, 64) == (768, 1344)
+        assert same_area((500, 500), 1024, 64) == (1024, 1024)
+        assert same_area((5000, 10), 64, 16)[1] == 16
+
+    def test_a_photograph_on_its_side_counts_upright(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGB", (80, 40)).save(tmp_path / "p.jpg", exif=exif)
+        assert picture_size(tmp_path / "p.jpg") == (40, 80)
+        assert picture_size(picture(tmp_path / "p.png", size=(80, 40))) == (80, 40)
 
 
 class TestOrder:
+    def test_batches_are_of_one_group_and_in_proportion(self) -> None:
+        groups = [range(8), range(8, 12)]
+        batches = list(itertools.islice(Order(groups, 2, seed=0), 12))
+        kinds = [{index >= 8 for index in batch} for batch in batches]
+        assert all(len(kind) == 1 for kind in kinds)
+        assert sum(kind == {True} for kind in kinds) == 4
+        assert set(Counter(itertools.chain(*batches)).values()) == {2}
+        parts = [list(itertools.islice(Order(groups, 2, seed=0, process=p, processes=2), 6)) for p in (0, 1)]
+        assert [batch for pair in zip(*parts, strict=True) for batch in pair] == batches
+        assert list(itertools.islice(Order(groups, 2, seed=0, start=5), 7)) == batches[5:]
+
     def test_every_picture_once_an_epoch_in_changing_order(self) -> None:
-        batches = list(itertools.islice(Order(6, 4, seed=0), 6))
+        batches = list(itertools.islice(Order([range(6)], 4, seed=0), 6))
         indices = list(itertools.chain(*batches))
         epochs = [indices[i : i + 6] for i in range(0, 24, 6)]
         assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) > 1
 
     def test_a_later_start_goes_on(self) -> None:
-        whole = list(itertools.islice(Order(5, 2, seed=3), 9))
-        assert list(itertools.islice(Order(5, 2, seed=3, start=4), 5)) == whole[4:]
-        assert list(itertools.islice(Order(5, 2, seed=4), 9)) != whole
+        whole = list(itertools.islice(Order([range(5)], 2, seed=3), 9))
+        assert list(itertools.islice(Order([range(5)], 2, seed=3, start=4), 5)) == whole[4:]
+        assert list(itertools.islice(Order([range(5)], 2, seed=4), 9)) != whole
 
     def test_processes_share_an_epoch(self) -> None:
-        parts = [list(itertools.islice(Order(12, 2, seed=0, process=p, processes=3), 2)) for p in range(3)]
+        parts = [list(itertools.islice(Order([range(12)], 2, seed=0, process=p, processes=3), 2)) for p in range(3)]
         assert set(Counter(itertools.chain(*itertools.chain(*parts))).values()) == {1}
 
     def test_random_numbers_depend_on_their_purpose_and_place(self) -> None:
@@ -187,14 +233,14 @@ class TestDrawing:
 
     def test_captions_become_a_folder(self, pipe: Any, tmp_path: Path) -> None:
         captions = ["a fox", "an owl", "a kiwi"]
-        draw_folder(pipe, captions, tmp_path, Sampling(32, 2, 2.0), seed=0, batch=2)
+        draw_folder(pipe, captions, tmp_path, [Sampling(32, 32, 2, 2.0)], seed=0, batch=2)
         examples = read_folder(tmp_path)
         assert [example.caption for example in examples] == captions
         assert {Image.open(example.path).size for example in examples} == {(32, 32)}
         assert len({example.path.read_bytes() for example in examples}) == 3
 
     def test_shares_and_what_is_there_already_make_no_difference(self, pipe: Any, tmp_path: Path) -> None:
-        captions, sampling = ["a fox", "an owl", "a kiwi"], Sampling(32, 2, 2.0)
+        captions, sampling = ["a fox", "an owl", "a kiwi"], [Sampling(32, 32, 2, 2.0)]
         whole, parted = tmp_path / "whole", tmp_path / "parted"
         draw_folder(pipe, captions, whole, sampling, seed=0, batch=1)
         counts: list[int] = []
@@ -214,11 +260,11 @@ class TestDrawing:
             return SimpleNamespace(images=pictures, nsfw_content_detected=[False, flagged])
 
         with pytest.raises(JobFailed, match=f"'an owl': .*{message}"):
-            draw_folder(pipe, ["a fox", "an owl"], tmp_path, Sampling(8), seed=0, batch=2)
+            draw_folder(pipe, ["a fox", "an owl"], tmp_path, [Sampling(8, 8)], seed=0, batch=2)
         assert not list(tmp_path.glob("*.png"))
 
     def test_a_folder_of_other_pictures_is_refused(self, pipe: Any, tmp_path: Path) -> None:
-        draw_folder(pipe, ["a fox"], tmp_path, Sampling(32, 1, 2.0), seed=0, batch=1)
-        for captions, sampling in ((["an owl"], Sampling(32, 1, 2.0)), (["a fox"], Sampling(64, 1, 2.0))):
+        draw_folder(pipe, ["a fox"], tmp_path, [Sampling(32, 32, 1, 2.0)], seed=0, batch=1)
+        for captions, sampling in ((["an owl"], Sampling(32, 32, 1, 2.0)), (["a fox"], Sampling(64, 32, 1, 2.0))):
             with pytest.raises(BadInput, match="other captions or another size"):
-                draw_folder(pipe, captions, tmp_path, sampling, seed=0, batch=1)
+                draw_folder(pipe, captions, tmp_path, [sampling], seed=0, batch=1)

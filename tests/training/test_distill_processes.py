@@ -17,35 +17,43 @@ from safetensors.torch import load_file
 PROCESS = """
 import os, sys
 from pathlib import Path
-from attnswap.training import distill
+from attnswap.training.distill import distill
 from attnswap.training.distill_report import write_report
-from attnswap.training.distill_settings import Settings
+from attnswap.training.distill_settings import ClearSettings, LinFusionSettings
+from attnswap.training.distill_trainer import Trainer
 from safetensors.torch import save_file
 
-model, data, folder = sys.argv[1:]
-train = distill._Trainer.train
+method, model, data, folder = sys.argv[1:]
+train = Trainer.train
 
 def tell(trainer, examples):
     train(trainer, examples)
     weights = {name: tensor.detach().clone() for name, tensor in trainer.student.named_parameters().items()}
     save_file(weights, Path(folder, os.environ["RANK"] + ".safetensors"))
 
-distill._Trainer.train = tell
-run = distill.distill(
-    Settings(model, Path(folder, "out"), data, steps=3, batch=2, rate=1e-2, ema=0.9, cpu=True, report_pictures=0)
-)
+Trainer.train = tell
+common = dict(data=data, steps=3, batch=2, rate=1e-2, ema=0.9, cpu=True, report_pictures=0)
+if method == "clear":
+    settings = ClearSettings(model, Path(folder, "out"), **common, size=32, radius=3, down_factor=2)
+else:
+    settings = LinFusionSettings(model, Path(folder, "out"), **common)
+run = distill(settings)
 if run is not None:
     write_report(run)
 """
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this build of torch has no gloo")
-def test_two_processes_come_to_the_same_weights(tiny_sdxl: Path, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["linfusion", "clear"])
+def test_two_processes_come_to_the_same_weights(
+    method: str, tiny_sdxl: Path, tiny_flux: Path, pictures: Path, tmp_path: Path
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PROCESS, str(tiny_sdxl), str(pictures), str(tmp_path)]
+    model = tiny_flux if method == "clear" else tiny_sdxl
+    command = [sys.executable, "-c", PROCESS, method, str(model), str(pictures), str(tmp_path)]
     running = [
         subprocess.Popen(
             command, env={**os.environ, **meet, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
