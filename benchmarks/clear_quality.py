@@ -36,6 +36,7 @@ from ..pipelines.job import Job
 from ..training.distill_evaluate import ssim
 from .high_resolution import SHOWN, add_outputs, publish, reduced
 from .models import pipeline_arguments
+from .table import density_text
 
 DENSE = "dense"
 DOWN_FACTOR = 4
@@ -245,7 +246,7 @@ def _cells(row: dict[str, Any], native: bool) -> list[str]:
         f"{row['nearest']:.0%}",
         f"{row['colour']:.0%}",
         *alike,
-        f"{row['density']:.0%}",
+        density_text(row["density"]),
         f"{row['seconds']:.1f}",
         f"{row['of_dense']:.2f}",
     ]

@@ -50,7 +50,7 @@ def cells(record: Record, measurement: Measurement) -> tuple[str, ...]:
         _times(record.speedup(measurement, "same")),
         _percent(record.fraction_of_ideal(measurement)),
     )
-    peak, density = _mebibytes(measurement.peak_bytes), _percent(measurement.density)
+    peak, density = _mebibytes(measurement.peak_bytes), density_text(measurement.density)
     return (*row, *[peak] * _has_peaks(record), *[density] * _has_densities(record))
 
 
@@ -180,6 +180,11 @@ def _mebibytes(value: int | None) -> str:
 
 def _times(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}x"
+
+
+def density_text(density: float | None) -> str:
+    """In percent; below ten of them with a decimal, as a large picture's are a few tenths."""
+    return "–" if density is None else f"{density:.1%}" if density < 0.1 else f"{density:.0%}"
 
 
 def _percent(value: float | None) -> str:
