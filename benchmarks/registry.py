@@ -153,10 +153,3 @@ class Registry:
         near = difflib.get_close_matches(name, self._benchmarks, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(self._benchmarks) or 'none'}"
         raise ValueError(f"no benchmark for {name!r}; {hint}")
-
-
-def default_registry() -> Registry:
-    """Every op that has a benchmark. A new op adds its module here."""
-    from . import linear_attention, local_attention, window_attention
-
-    return Registry([window_attention.BENCHMARK, linear_attention.BENCHMARK, local_attention.BENCHMARK])

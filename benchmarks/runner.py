@@ -15,7 +15,8 @@ from . import machine
 from .growth import growths, too_long
 from .machine import Ceiling
 from .measure import measure_case
-from .registry import DTYPES, Benchmark, Case, default_registry
+from .ops import default_registry
+from .registry import DTYPES, Benchmark, Case
 from .result import FIT_FROM, Cut, Record, Result, Target
 
 # How long the contenders of one case are timed, all of them together.

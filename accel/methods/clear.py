@@ -144,16 +144,18 @@ class ClearStrategy(Strategy):
         return "not attention over image tokens"
 
     def prepare(self) -> None:
-        if self.config.weights is None:
+        weights, radius = self.config.weights, self.config.radius
+        if weights is None:
             return
+        assert radius is not None  # the configuration saw to it
         self._refuse_split_weights()
         expected = weights_files.shapes_by_layer(self.attention, self.config.down_factor)  # before anything is fetched
-        file = weights_files.locate(self.config)
+        file = weights_files.locate(weights, radius, self.config.down_factor)
         self._tensors = weights_files.read(file, expected, type(self.model).__name__)
         trained = weights_files.trained_radius(file)
-        if trained not in (None, self.config.radius):
+        if trained not in (None, radius):
             self.context.recorder.note(
-                f"{file} was trained for radius {trained:g} and is used with {self.config.radius:g}", warn=True
+                f"{file} was trained for radius {trained:g} and is used with {radius:g}", warn=True
             )
 
     def install(self, *, passive: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,9 +14,6 @@ from ..errors import WeightsError
 from .checkpoints import BUNDLED, dims, from_hub, listing, on_disk, opened, whole
 from .clear_layer import POOLING, PROJECTIONS
 from .replacement import base_layer, own_tensors
-
-if TYPE_CHECKING:
-    from .clear import Clear
 
 _FILE_NAME = re.compile(r"clear_local_(?P<radius>\d+(?:\.\d+)?)(?:_down_\d+)?\.safetensors")
 Shapes = dict[str, tuple[int, ...]]
@@ -68,16 +65,13 @@ def from_stock(attn: Any, down_factor: int | None = None) -> dict[str, Tensor]:
     return tensors
 
 
-def locate(config: Clear) -> Path:
-    """The safetensors file that a configuration with `weights` stands for.
+def locate(weights: str, radius: float, down_factor: int | None) -> Path:
+    """The safetensors file that `Clear.weights` stands for with these settings.
 
     Raises:
         WeightsError: there is none, or it is not to be had.
     """
-    weights, radius = config.weights, config.radius
-    assert weights is not None
-    assert radius is not None
-    name = file_name(radius, config.down_factor)
+    name = file_name(radius, down_factor)
     bundled = {path.parent.name: path for path in sorted(BUNDLED.glob("*/clear"))}
     if weights in bundled:
         return _in_folder(bundled[weights], name)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from attnswap import kernels
 from attnswap.benchmarks import runner
-from attnswap.benchmarks.registry import Registry, default_registry
+from attnswap.benchmarks.ops import default_registry
+from attnswap.benchmarks.registry import Registry
 
 
 def test_every_operation_of_the_package_has_a_benchmark():
