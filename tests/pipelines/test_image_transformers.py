@@ -61,7 +61,8 @@ class TestSize:
     def test_that_a_method_cannot_divide_is_refused_with_the_nearest(self) -> None:
         pipe, _ = IMAGES["z_image"]()
         pooled = [Clear(radius=2, down_factor=3)]
-        with pytest.raises(BadInput, match="40 is not a multiple of 12, which clear with down_factor 3 needs; nearest: 36"):
+        says = "width 40 is not a multiple of 12, which clear with down_factor 3 needs; nearest: 36"
+        with pytest.raises(BadInput, match=says):
             completed(pipe, job_of(40), configs=pooled)
         assert completed(pipe, job_of(36), configs=pooled)[0].width == 36
 
