@@ -26,6 +26,7 @@ _HOME = {
     "Inspection": "accel.report",
     "Report": "accel.report",
     "methods": "accel.methods",
+    "AdaSpa": "accel.methods.adaspa",
     "Clear": "accel.methods.clear",
     "HiDiffusion": "accel.methods.hidiffusion",
     "LinFusion": "accel.methods.linfusion",
@@ -35,6 +36,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaSpa",
     "AttnswapWarning",
     "Clear",
     "Handle",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from . import kernels
     from .accel.errors import AttnswapWarning, UnsupportedModel, WeightsError
     from .accel.methods import methods
+    from .accel.methods.adaspa import AdaSpa
     from .accel.methods.clear import Clear
     from .accel.methods.hidiffusion import HiDiffusion
     from .accel.methods.linfusion import LinFusion

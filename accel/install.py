@@ -13,11 +13,12 @@ from .context import Clock, Context
 from .errors import UnsupportedModel
 from .families import FAMILIES, family_of
 from .families.base import Family, Layout, NoGrid, Place, Slot, attention_layers
+from .families.joint import chosen_backend
 from .families.parallel import ContextParallel
 from .methods import STRATEGIES
 from .methods.base import Config, Strategy
 from .observe import Call, Observer
-from .report import LayerPlan, LayerRecord, Recorder
+from .report import Details, LayerPlan, LayerRecord, PlannedCall, Recorder
 
 #: The attribute under which a denoiser holds what is installed in it.
 ATTRIBUTE = "_attnswap"
@@ -49,7 +50,7 @@ class Installation:
         names = tuple(config.name for config in configs)
         _check_kind(model, self.family, names)
         config = configs[0].to_dict() if len(configs) == 1 else {c.name: c.to_dict() for c in configs}
-        self.recorder = Recorder(type(model).__name__, names, config)
+        self.recorder = Recorder(type(model).__name__, names, config, details=self._details)
         self.context = Context(clock, self.recorder, self._schedule)
         self.strategies: list[Strategy] = [
             STRATEGIES[config.name](config, model, self.family, self.context, pipeline) for config in configs
@@ -110,6 +111,10 @@ class Installation:
         self.recorder.reset()
         for strategy in self.strategies:
             strategy.reset()
+
+    def _details(self) -> Details | None:
+        found = [details for strategy in self.strategies if (details := strategy.details()) is not None]
+        return found[0] if found else None
 
     def _schedule(self) -> Any:
         return (None, None) if self._observer is None else self._observer.schedule()
@@ -172,15 +177,15 @@ class Installation:
             self.recorder.note(f"a call ran dense: {why}", warn=True)
         for name, layout in layouts.items():
             layout.place, layout.plan = places.get(name, Place()), None
+            layout.backend = chosen_backend(self.slots[name].original)
         # Those that change the size of the maps come first, so that the others plan for what will be there.
         for strategy in sorted(self.strategies, key=lambda strategy: not strategy.resizes):
             strategy.begin(call, layouts)
         for name, slot in self.slots.items():
             in_graph = call.compiled or self._block_of(name)._compiled_call_impl is not None
-            if in_graph and slot.layout.plan is not None:
-                dense = slot.layout.place.tokens**2
-                pairs = slot.layout.plan.pairs
-                self.recorder.plan(name, pairs=call.batch * pairs, dense_pairs=call.batch * dense)
+            if in_graph and slot.layout.grid:
+                tokens = slot.layout.place.tokens
+                self.recorder.plan(name, PlannedCall(call.batch, tokens, slot.layout.plan))
 
     def _block_of(self, layer: str) -> nn.Module:
         return self.model.get_submodule(layer.rpartition(".")[0])

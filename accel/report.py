@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter, deque
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from .errors import AttnswapWarning
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # A report stays one readable screen however long a session runs.
 _RUNS_KEPT = 8
@@ -53,32 +58,56 @@ class Inspection:
 
 @dataclass
 class LayerRecord:
-    """Counts of one layer since enable or reset."""
+    """Counts of one layer since enable or reset; `pairs` may lie on a device until somebody reads them.
+
+    `warm_pairs` are those of calls that computed all of them.
+    """
 
     plan: LayerPlan
     accelerated_calls: int = 0
     dense_calls: int = 0
-    pairs: int = 0
+    searches: int = 0
+    pairs: Any = 0
     dense_pairs: int = 0
+    warm_pairs: int = 0
     backend: str | None = None
-    planned_calls: int = 0
-    planned_pairs: int = 0
-    planned_dense_pairs: int = 0
-    seen_calls: int = 0
-    in_graph: bool = False
 
-    def counted(self) -> LayerRecord:
-        """With the calls that no layer could count because they ran inside a compiled graph, as they were planned."""
-        unseen = self.planned_calls - self.seen_calls
-        if unseen <= 0:
-            return self
-        return replace(
-            self,
-            accelerated_calls=self.accelerated_calls + unseen,
-            pairs=self.pairs + self.planned_pairs * unseen // self.planned_calls,
-            dense_pairs=self.dense_pairs + self.planned_dense_pairs * unseen // self.planned_calls,
-            backend=self.backend or "in a compiled graph",
-        )
+    def count(self, *, pairs: Any, dense_pairs: int, accelerated: bool, searched: bool) -> None:
+        if accelerated:
+            self.accelerated_calls += 1
+        else:
+            self.dense_calls += 1
+            self.warm_pairs += dense_pairs
+        self.searches += searched
+        # Not in place: a report may hold what was there.
+        self.pairs = self.pairs + pairs
+        self.dense_pairs += dense_pairs
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a method tells beyond counts.
+
+    Attributes:
+        summary: of the denoiser, a part of `Report.to_dict()`.
+        layers: by name, what is added to the counts of each.
+        lines: for `str(report)`.
+        masks: by layer and guidance branch, which key blocks each head keeps.
+    """
+
+    summary: dict[str, Any]
+    layers: dict[str, dict[str, Any]]
+    lines: tuple[str, ...]
+    masks: dict[tuple[str, int], Any]
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """What a layer is going to do where it cannot count, in a compiled graph."""
+
+    batch: int
+    tokens: int
+    plan: Any
 
 
 @dataclass
@@ -93,33 +122,39 @@ class Recorder:
     notes: Counter[str] = field(default_factory=Counter)
     runs: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_RUNS_KEPT))
     denoiser_calls: int = 0
+    details: Callable[[], Details | None] = lambda: None
     _warned: bool = False
+    _planned: dict[str, PlannedCall] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Count one denoiser call."""
+        self.settle()
         self.denoiser_calls += 1
-        for record in self.layers.values():
-            record.in_graph = False
 
-    def plan(self, layer: str, *, pairs: int, dense_pairs: int) -> None:
-        """Note what a layer is going to do in a compiled graph, where it cannot count."""
-        record = self.layers[layer]
-        record.in_graph = True
-        record.planned_calls += 1
-        record.planned_pairs += pairs
-        record.planned_dense_pairs += dense_pairs
+    def plan(self, layer: str, call: PlannedCall) -> None:
+        """Note what a layer is going to do in a compiled graph."""
+        self._planned[layer] = call
 
-    def count(self, layer: str, *, pairs: int, dense_pairs: int, accelerated: bool) -> None:
+    def settle(self) -> None:
+        """Count what was planned and not counted by the layer itself."""
+        planned, self._planned = self._planned, {}
+        for layer, call in planned.items():
+            pairs = None if call.plan is None else call.plan.pairs
+            dense = call.tokens**2
+            record = self.layers[layer]
+            record.count(
+                pairs=call.batch * (dense if pairs is None else pairs),
+                dense_pairs=call.batch * dense,
+                accelerated=pairs is not None,
+                searched=call.plan is not None and call.plan.searches,
+            )
+            record.backend = record.backend or "in a compiled graph"
+
+    def count(self, layer: str, *, pairs: Any, dense_pairs: int, accelerated: bool, searched: bool = False) -> None:
         """Count one attention call that computed `pairs` of its `dense_pairs` query-key pairs."""
-        record = self.layers[layer]
         # Where compilation is off for a while, a call that was planned for a graph is counted here after all.
-        record.seen_calls += record.in_graph
-        if accelerated:
-            record.accelerated_calls += 1
-        else:
-            record.dense_calls += 1
-        record.pairs += pairs
-        record.dense_pairs += dense_pairs
+        self._planned.pop(layer, None)
+        self.layers[layer].count(pairs=pairs, dense_pairs=dense_pairs, accelerated=accelerated, searched=searched)
 
     def ran_on(self, layer: str, backend: str) -> None:
         """Record what computed a layer's accelerated attention."""
@@ -138,6 +173,7 @@ class Recorder:
         self.notes.clear()
         self.runs.clear()
         self.denoiser_calls = 0
+        self._planned.clear()
 
 
 @dataclass(frozen=True)
@@ -145,17 +181,25 @@ class Report:
     """A snapshot of what ran since `enable` or `Handle.reset()`."""
 
     denoisers: tuple[dict[str, Any], ...]
+    details: tuple[Details | None, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def of(cls, recorders: list[Recorder]) -> Report:
-        return cls(tuple(_snapshot(recorder) for recorder in recorders))
+        details = tuple(recorder.details() for recorder in recorders)
+        return cls(tuple(_snapshot(recorder, more) for recorder, more in zip(recorders, details, strict=True)), details)
 
     @property
     def density(self) -> float:
         """Computed query-key pairs over those of dense attention, in the accelerated layers; 1.0 before any call."""
-        pairs = sum(layer["pairs"] for d in self.denoisers for layer in d["layers"])
-        dense = sum(layer["dense_pairs"] for d in self.denoisers for layer in d["layers"])
-        return pairs / dense if dense else 1.0
+        return _share(
+            sum(layer["pairs"] for d in self.denoisers for layer in d["layers"]),
+            sum(layer["dense_pairs"] for d in self.denoisers for layer in d["layers"]),
+        )
+
+    @property
+    def searches(self) -> int:
+        """Layer searches."""
+        return sum(denoiser["searches"] for denoiser in self.denoisers)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON document; `density` and `config` are those of the whole, `denoisers` has the details."""
@@ -163,41 +207,85 @@ class Report:
             "method": self.denoisers[0]["method"],
             "config": self.denoisers[0]["config"],
             "density": self.density,
-            "searches": sum(d["searches"] for d in self.denoisers),
+            "searches": self.searches,
             "denoisers": list(self.denoisers),
         }
 
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw density and recall of every layer and head as a PNG.
+
+        Raises:
+            ValueError: nothing was searched, so that there is none.
+        """
+        from . import report_pictures
+
+        report_pictures.plot(self, path)
+
+    def mask_image(self, layer: str | int, head: int, *, branch: int = 0, item: int = 0) -> Image:
+        """Which key blocks (columns) each query block (rows) attends to, kept ones light.
+
+        Args:
+            layer: its name, or its number among those that have a mask.
+            head: number of the head, from 0.
+            branch: guidance branch, in the order of appearance.
+            item: of the batch.
+
+        Raises:
+            ValueError: there is no such mask; the message says which there are.
+        """
+        from . import report_pictures
+
+        return report_pictures.mask_image(self, layer, head, branch=branch, item=item)
+
     def __str__(self) -> str:
-        return "\n".join(line for denoiser in self.denoisers for line in _render(denoiser, self.density))
+        details = self.details or (None,) * len(self.denoisers)
+        return "\n".join(
+            line
+            for denoiser, more in zip(self.denoisers, details, strict=True)
+            for line in _render(denoiser, self.density, more)
+        )
 
 
-def _snapshot(recorder: Recorder) -> dict[str, Any]:
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
+
+
+def _snapshot(recorder: Recorder, details: Details | None) -> dict[str, Any]:
+    recorder.settle()
+    layers = [_layer(record, details) for record in recorder.layers.values()]
     return {
         "model": recorder.model,
         "method": list(recorder.methods),
         "config": recorder.config,
         "calls": recorder.denoiser_calls,
-        "searches": 0,
+        "searches": sum(layer["searches"] for layer in layers),
         "remarks": list(recorder.remarks.values()),
         "runs": [dict(run) for run in recorder.runs],
         "notes": [{"text": text, "count": count} for text, count in recorder.notes.items()],
-        "layers": [
-            {
-                "name": record.plan.name,
-                "accelerated": record.plan.accelerated,
-                "reason": record.plan.reason,
-                "accelerated_calls": record.accelerated_calls,
-                "dense_calls": record.dense_calls,
-                "pairs": record.pairs,
-                "dense_pairs": record.dense_pairs,
-                "backend": record.backend,
-            }
-            for record in (layer.counted() for layer in recorder.layers.values())
-        ],
+        **({} if details is None else details.summary),
+        "layers": layers,
     }
 
 
-def _render(denoiser: dict[str, Any], density: float) -> list[str]:
+def _layer(record: LayerRecord, details: Details | None) -> dict[str, Any]:
+    pairs = round(float(record.pairs))
+    return {
+        "name": record.plan.name,
+        "accelerated": record.plan.accelerated,
+        "reason": record.plan.reason,
+        "accelerated_calls": record.accelerated_calls,
+        "dense_calls": record.dense_calls,
+        "searches": record.searches,
+        "pairs": pairs,
+        "dense_pairs": record.dense_pairs,
+        "density": _share(pairs, record.dense_pairs),
+        "density_accelerated": _share(pairs - record.warm_pairs, record.dense_pairs - record.warm_pairs),
+        "backend": record.backend,
+        **({} if details is None else details.layers.get(record.plan.name, {})),
+    }
+
+
+def _render(denoiser: dict[str, Any], density: float, details: Details | None) -> list[str]:
     layers = denoiser["layers"]
     chosen = [layer for layer in layers if layer["accelerated"]]
     lines = [
@@ -211,10 +299,12 @@ def _render(denoiser: dict[str, Any], density: float) -> list[str]:
     dense = sum(layer["dense_calls"] for layer in chosen)
     if fast or dense:
         backends = ", ".join(sorted({layer["backend"] for layer in chosen if layer["backend"]})) or "none"
+        searches = f", {denoiser['searches']} of them with a search" if denoiser["searches"] else ""
         lines.append(
-            f"  attention calls in these layers: {fast} accelerated, {dense} dense; density {density:.2f}; "
+            f"  attention calls in these layers: {fast} accelerated, {dense} dense{searches}; density {density:.2f}; "
             f"backend {backends}"
         )
+    lines += [f"  {line}" for line in (() if details is None else details.lines)]
     reasons = Counter(layer["reason"] for layer in layers if not layer["accelerated"])
     lines += [f"  left as it is: {count} layers, {reason}" for reason, count in reasons.items()]
     notes = denoiser["notes"]

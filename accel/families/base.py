@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention, MochiAttention
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -32,11 +32,13 @@ class Place:
         grid: (h, w), or (f, h, w), row-major.
         start: of the grid in the sequence as attention sees it.
         around: tokens of the sequence outside the grid, before and after it: text, reference images.
+        hidden_last: tokens that a key mask hides, if any, are the last of the sequence.
     """
 
     grid: tuple[int, ...] = ()
     start: int = 0
     around: int = 0
+    hidden_last: bool = False
 
     @property
     def tokens(self) -> int:
@@ -52,11 +54,13 @@ class Layout:
         layer: dotted name.
         place: of the image tokens in this call; its grid is empty where the family cannot tell.
         plan: what the method wants this layer to do in this call; None for dense.
+        backend: Diffusers' attention backend that dense attention of this layer runs on, where the user has chosen one.
     """
 
     layer: str
     place: Place = Place()
     plan: Any = None
+    backend: str | None = None
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -84,8 +88,11 @@ class Slot:
     def name(self) -> str:
         return self.layout.layer
 
-    def count(self, batch: int, tokens: int, pairs: int | None) -> None:
-        """Record one self-attention over `tokens` that computed `pairs` query-key pairs an image, None for all."""
+    def count(self, batch: int, tokens: int, pairs: int | Tensor | None, *, searched: bool = False) -> None:
+        """Record one self-attention over `tokens` that computed `pairs` query-key pairs an image, None for all.
+
+        A tensor is read only when a report is made, so that counting never waits for a device.
+        """
         # A counter inside a compiled region would be a new graph at every call.
         if torch.compiler.is_compiling():
             return
@@ -95,6 +102,7 @@ class Slot:
             pairs=batch * (dense if pairs is None else pairs),
             dense_pairs=batch * dense,
             accelerated=pairs is not None,
+            searched=searched,
         )
 
 

@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .base import NoGrid
+from .read_once import ReadOnce
 
 Read = tuple[tuple[int, int], int]
 
 
-class ImageIds:
-    """Reads the grid from `img_ids`, once for each tensor: reading from the device waits for it.
+class ImageIds(ReadOnce[Read]):
+    """Reads the grid from `img_ids`: ((h, w), tokens after the grid).
 
-    The tensor itself is what is remembered, never its address or shape: another one may lie at the same address with
-    the same number of tokens in another form.
+    They are `[S, n]` or `[B, S, n]`; columns 0, 1, 2 are the image's number, row and column. The tokens that share the
+    first one's number are the grid; what follows is another image (a reference). Raises `NoGrid` where they are not the
+    rows of a grid one after the other.
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[weakref.ref[Tensor], int | None, Read] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_seen": None}
-
-    def read(self, ids: Tensor) -> Read:
-        """((h, w), tokens after the grid).
-
-        Args:
-            ids: `[S, n]` or `[B, S, n]`; columns 0, 1, 2 are the image's number, row and column. The tokens that share
-                the first one's number are the grid; what follows is another image (a reference).
-
-        Raises:
-            NoGrid: where they are not the rows of a grid one after the other.
-        """
-        # What `torch.inference_mode` makes keeps no count of its changes.
-        version = None if ids.is_inference() else ids._version
-        if self._seen is not None and self._seen[0]() is ids and self._seen[1] == version:
-            return self._seen[2]
-        read = _read(ids)
-        self._seen = weakref.ref(ids), version, read
-        return read
+        super().__init__(_read)
 
 
 def _read(ids: Tensor) -> Read:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
@@ -26,7 +27,7 @@ class JointProcessor:
         self.slot: Slot | None = None
 
     def takes(self, hidden_states: Tensor, tokens: int, why_not: str = "") -> bool:
-        """Whether the method's plan fits this call over `tokens` tokens, those of this rank; counts it.
+        """Whether the method's plan fits this call over `tokens` tokens, those of this rank.
 
         Where it does not, or `why_not` gives another reason, the layer runs dense and the report says why.
         """
@@ -47,9 +48,9 @@ class JointProcessor:
         if plan is not None and why_not:
             slot.context.recorder.note(f"{slot.name} ran dense: {why_not}", warn=True)
             plan = None
-        # All that the ranks hold together.
-        tokens *= 1 if parallel is None else parallel.ranks
-        slot.count(batch, tokens if plan is None else place.tokens, None if plan is None else plan.pairs)
+        if plan is None:
+            # All that the ranks hold together.
+            slot.count(batch, tokens * (1 if parallel is None else parallel.ranks), None)
         return plan is not None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
@@ -65,14 +66,14 @@ class JointProcessor:
             query, key = query.to(value.dtype), key.to(value.dtype)
         strategy, layout, context = slot.strategy, slot.layout, slot.context
         parallel = ContextParallel.of(strategy.model)
-        if parallel is None:
-            return strategy.attend(query, key, value, layout, context, key_mask=key_mask)
-        if key_mask is not None:
-            key_mask = parallel.gather_mask(layout.place, key_mask)
         heads = query.shape[2]
-        query, key, value = parallel.gather(layout.place, query, key, value)
+        if parallel is not None:
+            key_mask = None if key_mask is None else parallel.gather_mask(layout.place, key_mask)
+            query, key, value = parallel.gather(layout.place, query, key, value)
         attended = strategy.attend(query, key, value, layout, context, key_mask=key_mask)
-        return parallel.scatter(layout.place, attended, heads)
+        # Only now: how much is computed may be a finding of this very call.
+        slot.count(query.shape[0], layout.place.tokens, layout.plan.pairs, searched=layout.plan.searches)
+        return attended if parallel is None else parallel.scatter(layout.place, attended, heads)
 
 
 def _scores_are_skipped() -> bool:
@@ -110,6 +111,17 @@ class DispatchingProcessor(JointProcessor):
 
     _attention_backend = _of_the_original("_attention_backend")
     _parallel_config = _of_the_original("_parallel_config")
+
+
+def chosen_backend(processor: Any) -> str | None:
+    """The attention backend that the user has chosen for a stock processor; None for PyTorch's own choice."""
+    if not hasattr(processor, "_attention_backend"):
+        return None
+    backend = processor._attention_backend
+    if backend is None:
+        backend, _ = _AttentionBackendRegistry.get_active_backend()
+    name = str(getattr(backend, "value", backend))
+    return None if name == AttentionBackendName.NATIVE.value else name
 
 
 class ThetaRope:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 
+from .adaspa import AdaSpa, AdaSpaStrategy
 from .base import Config, Strategy
 from .clear import Clear, ClearStrategy
 from .hidiffusion import HiDiffusion, HiDiffusionStrategy
 from .linfusion import LinFusion, LinFusionStrategy
 
-CONFIGS: dict[str, type[Config]] = {config.name: config for config in (Clear, HiDiffusion, LinFusion)}
+CONFIGS: dict[str, type[Config]] = {config.name: config for config in (AdaSpa, Clear, HiDiffusion, LinFusion)}
 STRATEGIES: dict[str, type[Strategy]] = {
+    AdaSpa.name: AdaSpaStrategy,
     Clear.name: ClearStrategy,
     HiDiffusion.name: HiDiffusionStrategy,
     LinFusion.name: LinFusionStrategy,

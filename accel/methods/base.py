@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..context import Context
     from ..families.base import Family, Layout
     from ..observe import Call
+    from ..report import Details
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -67,11 +68,13 @@ class Config:
 
 
 class Plan(Protocol):
-    """What a layer is to do in one call: `pairs` query-key pairs an image are computed; `around` asks for the road
-    that keeps the original processor."""
+    """What a layer is to do in one call: `pairs` query-key pairs an image are computed, known after the call at the
+    latest (None for all of them); `around` asks for the road that keeps the original processor; `searches` says that
+    it also looks for what later calls may leave out."""
 
-    pairs: int
+    pairs: Any
     around: bool
+    searches: bool
 
 
 class Strategy(abc.ABC):
@@ -185,3 +188,7 @@ class Strategy(abc.ABC):
 
     def reset(self) -> None:  # noqa: B027 - optional
         """Forget what belongs to a run."""
+
+    def details(self) -> Details | None:
+        """What a report says beyond the counts of calls."""
+        return None

@@ -109,6 +109,7 @@ class LocalPlan:
     sharpness: float = 1.0
     pooling: Tensor | None = None
     around: bool = False
+    searches: bool = False
 
 
 class ClearStrategy(Strategy):

@@ -22,6 +22,7 @@ class WindowPlan:
     pairs: int
     around: bool
     backend: str | None = None
+    searches: bool = False
 
 
 def run_in_windows(

@@ -66,6 +66,7 @@ class LinearPlan:
 
     pairs: int
     around: bool = False
+    searches: bool = False
 
 
 class LinFusionStrategy(Strategy):
