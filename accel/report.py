@@ -215,7 +215,8 @@ class Report:
         """Draw density and recall of every layer and head as a PNG.
 
         Raises:
-            ValueError: nothing was searched, so that there is none.
+            ValueError: nothing was searched, so that there is none, or the name does not end in .png.
+            OSError: the file cannot be written.
         """
         from . import report_pictures
 
@@ -225,7 +226,7 @@ class Report:
         """Which key blocks (columns) each query block (rows) attends to, kept ones light.
 
         Args:
-            layer: its name, or its number among those that have a mask.
+            layer: its name, or its number in the picture that `plot` draws.
             head: number of the head, from 0.
             branch: guidance branch, in the order of appearance.
             item: of the batch.
@@ -240,9 +241,7 @@ class Report:
     def __str__(self) -> str:
         details = self.details or (None,) * len(self.denoisers)
         return "\n".join(
-            line
-            for denoiser, more in zip(self.denoisers, details, strict=True)
-            for line in _render(denoiser, self.density, more)
+            line for denoiser, more in zip(self.denoisers, details, strict=True) for line in _render(denoiser, more)
         )
 
 
@@ -278,6 +277,7 @@ def _layer(record: LayerRecord, details: Details | None) -> dict[str, Any]:
         "searches": record.searches,
         "pairs": pairs,
         "dense_pairs": record.dense_pairs,
+        "warm_pairs": record.warm_pairs,
         "density": _share(pairs, record.dense_pairs),
         "density_accelerated": _share(pairs - record.warm_pairs, record.dense_pairs - record.warm_pairs),
         "backend": record.backend,
@@ -285,7 +285,7 @@ def _layer(record: LayerRecord, details: Details | None) -> dict[str, Any]:
     }
 
 
-def _render(denoiser: dict[str, Any], density: float, details: Details | None) -> list[str]:
+def _render(denoiser: dict[str, Any], details: Details | None) -> list[str]:
     layers = denoiser["layers"]
     chosen = [layer for layer in layers if layer["accelerated"]]
     lines = [
@@ -299,16 +299,24 @@ def _render(denoiser: dict[str, Any], density: float, details: Details | None) -
     dense = sum(layer["dense_calls"] for layer in chosen)
     if fast or dense:
         backends = ", ".join(sorted({layer["backend"] for layer in chosen if layer["backend"]})) or "none"
-        searches = f", {denoiser['searches']} of them with a search" if denoiser["searches"] else ""
+        searches = f"{denoiser['searches']} with a search; " if denoiser["searches"] else ""
         lines.append(
-            f"  attention calls in these layers: {fast} accelerated, {dense} dense{searches}; density {density:.2f}; "
-            f"backend {backends}"
+            f"  attention calls in these layers: {fast} accelerated, {dense} dense; {searches}backend {backends}"
         )
+        lines.append(f"  density, the share of query-key pairs computed: {_densities(layers)}")
     lines += [f"  {line}" for line in (() if details is None else details.lines)]
     reasons = Counter(layer["reason"] for layer in layers if not layer["accelerated"])
-    lines += [f"  left as it is: {count} layers, {reason}" for reason, count in reasons.items()]
+    lines += [f"  left as it is: {count} layer{'s' * (count > 1)}, {reason}" for reason, count in reasons.items()]
     notes = denoiser["notes"]
     lines += [f"  note: {note['text']} (x{note['count']})" for note in notes[:_NOTES_SHOWN]]
     if len(notes) > _NOTES_SHOWN:
         lines.append(f"  {len(notes) - _NOTES_SHOWN} more notes in to_dict()")
     return lines
+
+
+def _densities(layers: list[dict[str, Any]]) -> str:
+    pairs, whole = (sum(layer[key] for layer in layers) for key in ("pairs", "dense_pairs"))
+    warm = sum(layer["warm_pairs"] for layer in layers)
+    if warm in (0, whole):
+        return f"{_share(pairs, whole):.2f}"
+    return f"{_share(pairs, whole):.2f}, {_share(pairs - warm, whole - warm):.2f} without the dense calls"

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 # Said here, as asking the packages for them would load torch before --help answers.
-MODELS = "emoji-sd, emoji-flux, a folder or a Hub id"
-METHODS = "clear, hidiffusion, linfusion"
+MODELS = "emoji-flux, emoji-sd, emoji-video, a folder or a Hub id"
+METHODS = "adaspa, clear, hidiffusion, linfusion"
 
 
 def split_names(text: str) -> list[str]:

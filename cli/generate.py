@@ -1,9 +1,8 @@
-"""`attnswap generate`: one picture from a prompt."""
+"""`attnswap generate`: one picture or clip from a prompt."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ ROUTES = {
     "ladder": "a base near the native size, then image-to-image in stages",
     "superres": "a base, enlarged once, its layout kept (SD 1.5, 2.1, XL)",
     "superres-ladder": "the same in stages (SD 1.5, 2.1, XL)",
+    "windows": "clips longer than native, in overlapping windows of time",
 }
 DTYPES = ("auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
 
@@ -28,14 +28,16 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
         usage="attnswap generate PROMPT [options]",
-        help="make one picture from a prompt",
-        description="Make one picture from a prompt. What is not given comes from the model's preset.",
+        help="make one picture or clip from a prompt",
+        description="Make one picture or clip from a prompt. What is not given comes from the model's preset.",
         epilog='e.g. attnswap generate "a fox" --width 256 --height 256 --method hidiffusion\n'
-        '     attnswap generate "a fox" -m emoji-flux --method clear',
+        '     attnswap generate "a fox moving left" -m emoji-video --frames 161 --method adaspa',
         formatter_class=Listing,
     )
-    parser.add_argument("-o", "--output", metavar="FILE", help="PNG to write (default: attnswap-TIME-SEED.png)")
-    parser.add_argument("--from", dest="source", metavar="FILE", help="make a picture again from its own PNG")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="PNG, MP4 or GIF to write (default: attnswap-TIME-SEED.…)"
+    )
+    parser.add_argument("--from", dest="source", metavar="FILE", help="make a picture or clip again from its own file")
     parser.add_argument("--report", metavar="FILE", help="also write a JSON report there ('-': standard output)")
 
     model = parser.add_argument_group("model")
@@ -70,8 +72,15 @@ def add(commands: Any) -> None:
     picture.add_argument("--negative", metavar="PROMPT", help="what not to show")
     picture.add_argument("--seed", type=int, metavar="N", help="same seed, same picture (default: 0)")
 
+    clip = parser.add_argument_group("clip, of a model that makes them")
+    clip.add_argument("--frames", type=int, metavar="N")
+    clip.add_argument("--fps", metavar="RATE", help="frames a second, such as 16, 23.976 or 24000/1001")
+    clip.add_argument("--frames-dir", metavar="DIR", help="lossless PNG frames there; alone, or beside -o")
+    clip.add_argument("--window", type=int, metavar="N", help="--route windows: frames at a time (default: native)")
+    clip.add_argument("--overlap", type=int, metavar="N", help="shared by two windows (default: about half)")
+
     routes = "\n".join(f"{name:16} {what}" for name, what in ROUTES.items())
-    route = parser.add_argument_group("above the native size, by one of these routes", routes)
+    route = parser.add_argument_group("above the native size or length, by one of these routes", routes)
     route.add_argument("--route", choices=ROUTES, metavar="ROUTE", help="one of the above (default: direct)")
     route.add_argument("--strengths", type=numbers, metavar="X[,X]", help="one a stage above the base, 0 to 1")
     route.add_argument("--keep-stages", action="store_true", help="keep the pictures of the stages, too")
@@ -80,15 +89,13 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..pipelines import save
-    from ..pipelines.errors import BadInput, JobFailed
+    from ..pipelines.errors import JobFailed
     from ..pipelines.generate import generate
 
     job = _job(options)
     report_path = Path(options.report) if options.report not in (None, "-") else None
     if report_path:
         save.check_writable(report_path, ".json")
-        if report_path.resolve() == job.output.resolve():
-            raise BadInput(f"--report {report_path}: that is the picture.")
     progress = sys.stderr.isatty()
     quieten(progress)
     result = generate(job, progress=progress, say=lambda text: print(f"attnswap: {text}", file=sys.stderr))
@@ -104,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _job(options: argparse.Namespace) -> Job:
-    from ..pipelines import save, settings
+    from ..pipelines import clip, save, settings
     from ..pipelines.errors import BadInput
     from ..pipelines.job import Job, again, from_record
 
@@ -112,8 +119,11 @@ def _job(options: argparse.Namespace) -> Job:
     names = (
         "prompt", "model", "variant", "dtype", "device", "cpu_offload", "vae_tiling", "low_memory",
         "width", "height", "steps", "guidance", "true_cfg", "negative", "seed", "route", "strengths",
+        "frames", "window", "overlap",
     )  # fmt: skip
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.fps is not None:
+        changes["fps"] = clip.parse_fps(options.fps)
     if options.method is not None or options.set:
         stored = from_record(record)["methods"] if record else {}
         methods = split_names(options.method) if options.method is not None else list(stored)
@@ -121,19 +131,22 @@ def _job(options: argparse.Namespace) -> Job:
     fields = again(record, changes) if record else changes
     if "prompt" not in fields:
         raise BadInput("no PROMPT given, and no --from FILE to take it from.")
-    if options.output:
-        output = Path(options.output)
-    else:
-        output = Path(f"attnswap-{datetime.datetime.now():%Y%m%d-%H%M%S}-{fields.get('seed', 0)}.png")
-    return Job(**fields, output=output, keep_stages=options.keep_stages)
+    files = {
+        "output": Path(options.output) if options.output else None,
+        "frames_dir": Path(options.frames_dir) if options.frames_dir else None,
+    }
+    return Job(**fields, **files, keep_stages=options.keep_stages)
 
 
 def _summary(result: Result) -> str:
     job = result.job
     peak = f", peak memory {result.peak_bytes / 2**20:.0f} MiB" if result.peak_bytes else ""
+    clip = ""
+    if job.frames and job.fps:
+        clip = f"{job.frames} frames at {job.fps} a second ({float(job.frames / job.fps):.1f} s), "
     return "\n".join(
         [
-            f"{job.output}: {job.width}x{job.height}, {job.steps} steps, seed {job.seed}",
+            f"{_files(job)}: {job.width}x{job.height}, {clip}{job.steps} steps, seed {job.seed}",
             *(f"{job.route}, {stage}" for stage in result.stages if stage.total > 1),
             f"{result.seconds:.1f} s on {result.device}{peak}",
             str(result.report) if result.report else "dense attention (no --method)",
@@ -141,9 +154,13 @@ def _summary(result: Result) -> str:
     )
 
 
+def _files(job: Job) -> str:
+    return " and ".join(str(path) for path in (job.output, job.frames_dir) if path)
+
+
 def _report(result: Result) -> dict[str, Any]:
     return {
-        "file": str(result.job.output),
+        "file": str(result.job.output or result.job.frames_dir),
         "seconds": result.seconds,
         "peak_bytes": result.peak_bytes,
         "job": result.record,

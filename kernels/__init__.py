@@ -4,6 +4,15 @@
 # `kernels` and imports it under that name. That second copy stays empty: it would register every operator again and
 # so destroy the first registration.
 if __name__ != "kernels":
+    from .block_sparse import (
+        BlockMask,
+        Selection,
+        block_scores,
+        block_sparse_attention,
+        dense_attention,
+        dense_attention_with_scores,
+        select_blocks,
+    )
     from .dispatch import Explanation, explain, ops, use_backend
 
     # A sub-package and its function share a name: `kernels.window_attention` is the function, while
@@ -13,7 +22,13 @@ if __name__ != "kernels":
     from .window_attention import window_attention
 
     __all__ = [
+        "BlockMask",
         "Explanation",
+        "Selection",
+        "block_scores",
+        "block_sparse_attention",
+        "dense_attention",
+        "dense_attention_with_scores",
         "explain",
         "linear_attention",
         "linear_attention_apply",
@@ -21,6 +36,7 @@ if __name__ != "kernels":
         "local_attention",
         "ops",
         "pool_tokens",
+        "select_blocks",
         "use_backend",
         "window_attention",
     ]

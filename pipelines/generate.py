@@ -1,22 +1,29 @@
-"""One job: a prompt and what goes with it → one picture on disk. What can be refused is refused before step 1."""
+"""One job: a prompt and what goes with it → a picture or a clip on disk.
+
+What can be refused is refused before step 1.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.metadata
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
-from . import load, presets, render, resolve, save, settings
+from . import clip, load, presets, render, resolve, run, save, settings, video_writer
 from .errors import BadInput, JobFailed
+from .film import Film
 from .job import Job
 from .low_memory import low_memory, tiled, untileable
+from .render import Painter
 from .routes import Stage
 from .stage_methods import StageMethods
 from .stages import StageFolder
@@ -27,13 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """A picture made. `seconds` is the denoising and decoding alone, `peak_bytes` the most memory held on `device`.
+    """A picture or clip made. `image` is None for a clip, `job.output` for frames alone.
 
-    `notices` are what was done that the job did not ask for, such as stages taken from an earlier run.
+    `seconds` is the denoising and decoding alone, `peak_bytes` the most memory held on `device`. `notices` are what was
+    done that the job did not ask for, such as stages taken from an earlier run.
     """
 
     job: Job
-    image: Image.Image
+    image: Image.Image | None
     seconds: float
     peak_bytes: int | None
     device: torch.device
@@ -44,7 +52,7 @@ class Result:
 
 
 def generate(job: Job, *, progress: bool = False, say: Callable[[str], None] = lambda text: None) -> Result:
-    """Makes the picture and writes it to `job.output`.
+    """Makes the picture or clip and writes it to `job.output`.
 
     Args:
         progress: draw a bar.
@@ -54,11 +62,13 @@ def generate(job: Job, *, progress: bool = False, say: Callable[[str], None] = l
         BadInput, UnsupportedModel: the job cannot be done as written; no step was run.
         JobFailed: something broke on the way; nothing was written but finished stages, from which the job goes on.
     """
-    save.check_writable(job.output, ".png")
+    if job.output is not None:
+        save.check_writable(job.output, ".png", *video_writer.KINDS)
     resolve.check_numbers(job)
     settings.build(job.methods)  # a wrong setting is said before the model is read
     asked = job.to_record() if job.asked is None else job.asked
     model = load.find(job.model, variant=job.variant)
+    job = _named(job, model)
     preset = presets.read(model.folder)
     size = (job.width, job.height)
     merged = {name: {**preset.settings_of(name, *size), **values} for name, values in job.methods.items()}
@@ -72,6 +82,8 @@ def generate(job: Job, *, progress: bool = False, say: Callable[[str], None] = l
     methods = {name: config.to_dict() for name, config in zip(merged, configs, strict=True)}
     job, stages = resolve.complete(dataclasses.replace(job, methods=methods, asked=asked), pipe, preset, dtype, configs)
     render.check_route(pipe, job.route)
+    if job.fps is not None:
+        video_writer.check_fps(job.output, job.fps)
     record = job.to_record() | {"asked": asked, "device": str(device), "versions": versions()}
 
     notices: list[str] = []
@@ -86,9 +98,9 @@ def generate(job: Job, *, progress: bool = False, say: Callable[[str], None] = l
         pipe.set_progress_bar_config(disable=True)
         in_place = StageMethods(pipe, configs, notice)
         stack.callback(in_place.close)
-        bar = render.Progress(stages, progress)
+        bar = run.Progress(stages, progress)
         stack.callback(bar.close)
-        painter = render.Painter(
+        runner = (Painter if job.frames is None else Film)(
             pipe,
             job,
             device,
@@ -99,21 +111,62 @@ def generate(job: Job, *, progress: bool = False, say: Callable[[str], None] = l
         )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        folder = StageFolder(job.output, record)
-        image = _climb(painter, stages, folder, notice)
+        image = None
+        if isinstance(runner, Painter):
+            image = _picture(runner, stages, record, notice)
+        else:
+            _clip(runner, stages[0], record)
         report = in_place.report()
+    peak = run.peak_bytes(device)
+    return Result(job, image, runner.seconds, peak, device, report, record, stages, tuple(notices))
+
+
+def _named(job: Job, model: load.Model) -> Job:
+    """`job` with an output that suits what the model makes, where none is given.
+
+    Raises:
+        BadInput: one of another kind is given, or it could not be written.
+    """
+    pipeline = load.pipeline_class(model)
+    makes_clips = pipeline is not None and clip.frames_argument(pipeline) is not None
+    kinds, what = (video_writer.KINDS, "clips") if makes_clips else ((".png",), "pictures")
+    if job.output is None and job.frames_dir is None:
+        name = f"attnswap-{datetime.datetime.now():%Y%m%d-%H%M%S}-{job.seed}{kinds[0]}"
+        job = dataclasses.replace(job, output=Path(name))
+    elif pipeline is not None and job.output is not None and job.output.suffix.lower() not in kinds:
+        raise BadInput(f"{job.output}: {job.model} makes {what}; the name must end in {' or '.join(kinds)}.")
+    if makes_clips:
+        video_writer.check(job.output, job.frames_dir)
+    return job
+
+
+def _picture(
+    painter: Painter, stages: tuple[Stage, ...], record: dict[str, Any], notice: Callable[[str], None]
+) -> Image.Image:
+    job = painter.job
+    assert job.output is not None
+    folder = StageFolder(job.output, record)
+    image = _climb(painter, stages, folder, notice)
     try:
         save.write_png(image, job.output, record)
     except OSError as error:
         raise JobFailed(f"{job.output} could not be written: {error.strerror or error}") from error
     if not job.keep_stages:
         folder.remove()
-    peak = render.peak_bytes(device)
-    return Result(job, image, painter.seconds, peak, device, report, record, stages, tuple(notices))
+    return image
+
+
+def _clip(film: Film, stage: Stage, record: dict[str, Any]) -> None:
+    job = film.job
+    assert job.fps is not None
+    with video_writer.writers(job.output, job.frames_dir, fps=job.fps, record=record) as writers:
+        for frame in film.shoot(stage):
+            for writer in writers:
+                writer.add(frame)
 
 
 def versions() -> dict[str, str]:
-    """The versions that shape a picture."""
+    """The versions that shape pictures and clips."""
     names = ("attnswap", "torch", "diffusers", "transformers")
     return {
         "python": ".".join(map(str, sys.version_info[:3])),
@@ -122,7 +175,7 @@ def versions() -> dict[str, str]:
 
 
 def _climb(
-    painter: render.Painter, stages: tuple[Stage, ...], folder: StageFolder, notice: Callable[[str], None]
+    painter: Painter, stages: tuple[Stage, ...], folder: StageFolder, notice: Callable[[str], None]
 ) -> Image.Image:
     """All stages, or those after the last that an earlier run has left; each begins with what the file holds."""
     image: Image.Image | None = None

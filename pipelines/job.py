@@ -1,18 +1,20 @@
-"""What is to be made, and what a picture remembers of it."""
+"""What is to be made, and what a picture or a clip remembers of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from .clip import parse_fps
 from .errors import BadInput
 
 MAX_SIDE = 16384
 
-# What a picture remembers of its job; everything else belongs to the machine that made it.
+# What a file remembers of its job; everything else belongs to the machine that made it.
 RECORDED: dict[str, tuple[type, ...]] = {
     "prompt": (str,),
     "negative": (str, type(None)),
@@ -34,33 +36,43 @@ ADDED: dict[str, tuple[tuple[type, ...], Any]] = {
     "low_memory": ((bool,), False),
     "true_cfg": ((float, int, type(None)), None),
     "max_sequence_length": ((int, type(None)), None),
+    "frames": ((int, type(None)), None),
+    "fps": ((str, type(None)), None),
+    "window": ((int, type(None)), None),
+    "overlap": ((int, type(None)), None),
 }
 # Where one of these changes, what the preset filled in for the old one no longer holds.
-RESOLVES = ("model", "width", "height", "steps", "route")
+RESOLVES = ("model", "width", "height", "frames", "steps", "route")
 OPEN = ("width", "height", "steps", "guidance")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A picture to make. `None` means: as the model's preset says, else as its pipeline says.
+    """A picture or a clip to make. `None` means: as the model's preset says, else as its pipeline says.
 
     Attributes:
+        output: .png for a picture, .mp4 or .gif for a clip; None names it by time and seed, in the current folder.
         methods: Method name → settings, as `settings.parse` gives them.
         width: Pixels, as `height`.
         dtype: A key of `load.DTYPES` or "auto".
         device: A torch device or "auto".
         cpu_offload: None, "model" or "group", as in `diffusers-cli run`.
-        route: How a large picture comes about; a key of `routes.ROUTES`.
+        route: How a large picture or a long clip comes about; a key of `routes.ROUTES`.
         strengths: One a stage above the base, each in (0, 1].
         low_memory: More time for less memory; see `low_memory`.
         true_cfg: Scale of guidance by a second call, for pipelines that know it beside `guidance`.
         max_sequence_length: Tokens the prompt is padded or cut to, for pipelines that take it.
+        frames: Of a clip.
+        fps: Frames a second, exactly.
+        window: Frames that the denoiser sees at a time, where the route goes by windows.
+        overlap: Frames that a window shares with the one before.
+        frames_dir: A folder for the frames of a clip as PNGs; without `output` it is all that is written.
         keep_stages: Leave the pictures of the stages behind.
         asked: What a job that came from a record was asked for, before anything was filled in.
     """
 
     prompt: str
-    output: Path
+    output: Path | None = None
     model: str = "emoji-sd"
     variant: str | None = None
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -79,11 +91,16 @@ class Job:
     low_memory: bool = False
     true_cfg: float | None = None
     max_sequence_length: int | None = None
+    frames: int | None = None
+    fps: Fraction | None = None
+    window: int | None = None
+    overlap: int | None = None
+    frames_dir: Path | None = None
     keep_stages: bool = False
     asked: dict[str, Any] | None = None
 
     def to_record(self) -> dict[str, Any]:
-        """The recorded fields as JSON knows them, lists for tuples."""
+        """The recorded fields as JSON knows them, lists for tuples and text for fractions."""
         return _plain({name: getattr(self, name) for name in (*RECORDED, *ADDED)})
 
 
@@ -129,7 +146,7 @@ def _changed(fields: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(fields))
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
     return plain
 
 
@@ -148,4 +165,6 @@ def _checked(record: dict[str, Any], *, resolved: bool) -> dict[str, Any]:
         if not all(isinstance(value, float | int) and not isinstance(value, bool) for value in strengths):
             raise BadInput(f"the attnswap metadata does not say how the picture was made: strengths is {strengths!r}.")
         fields["strengths"] = tuple(strengths)
+    if fields["fps"] is not None:
+        fields["fps"] = parse_fps(fields["fps"])
     return fields

@@ -89,6 +89,13 @@ def load(model: Model, *, dtype: torch.dtype, variant: str | None = None) -> Any
         logging.set_verbosity(verbosity)
 
 
+def pipeline_class(model: Model) -> type | None:
+    """The class of its pipeline; None where Diffusers does not have it, which `load` says better."""
+    import diffusers
+
+    return getattr(diffusers, model.pipeline, None)
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is the accelerator of this machine where there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from .clip import parse_fps
 from .errors import BadInput
 
 
@@ -16,6 +18,8 @@ class Preset:
 
     Attributes:
         native_side: Width and height in pixels the model was trained at.
+        frames: Frames of the clips it was trained on.
+        fps: Frames a second of these.
         steps: Denoising steps.
         guidance: Guidance scale.
         methods: Method name → settings that differ from the method's own defaults.
@@ -25,6 +29,8 @@ class Preset:
     """
 
     native_side: int | None = None
+    frames: int | None = None
+    fps: Fraction | None = None
     steps: int | None = None
     guidance: float | None = None
     max_sequence_length: int | None = None
@@ -50,11 +56,16 @@ def read(folder: Path) -> Preset:
         return Preset()
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        preset = Preset(**{key: data[key] for key in Preset.__dataclass_fields__ if key in data})
+        given = {key: data[key] for key in Preset.__dataclass_fields__ if key in data}
+        if "fps" in given:
+            given["fps"] = parse_fps(str(given["fps"]))
+        preset = Preset(**given)
         _check_routes(preset.routes)
         length = preset.max_sequence_length
         if length is not None and (type(length) is not int or length < 1):
             raise ValueError(f"max_sequence_length is {length!r}, not a number of tokens.")
+        if preset.frames is not None and (type(preset.frames) is not int or preset.frames < 1):
+            raise ValueError(f"frames is {preset.frames!r}, not a number of frames.")
         return preset
     except (ValueError, TypeError) as error:
         raise BadInput(f"{path} is no preset: {error}") from error

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import guidance, presets
+from . import clip, guidance, presets
 from .errors import BadInput
 from .job import MAX_SIDE, Job
-from .routes import Stage, plan
+from .routes import CLIP_ROUTES, Stage, plan
 from .routes.plan import StepsRun, every, rounded_down, rounded_up
 
 if TYPE_CHECKING:
@@ -34,6 +34,12 @@ def check_numbers(job: Job) -> None:
     for name, value in (("guidance", job.guidance), ("true-cfg", job.true_cfg)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise BadInput(f"{name} {value} is out of range: 0 or more.")
+    for name in ("frames", "window", "overlap"):
+        value = getattr(job, name)
+        if value is not None and not 0 < value <= clip.MAX_FRAMES:
+            raise BadInput(f"{name} {value} is out of range: 1 to {clip.MAX_FRAMES}.")
+    if job.fps is not None:
+        clip.check_fps(job.fps)
     if not 0 <= job.seed < 2**63:
         raise BadInput(f"seed {job.seed} is out of range: 0 to 2^63 - 1.")
 
@@ -51,15 +57,18 @@ def complete(
     """
     accepted = inspect.signature(pipe.__call__).parameters
     name = type(pipe).__name__
-    if "prompt" not in accepted or "num_frames" in accepted:
-        raise BadInput(f"{job.model} is a {name}, which does not make a picture from a prompt.")
+    makes_clips = clip.frames_argument(pipe) is not None
+    _check_kind(job, pipe, makes_clips)
     if job.negative is not None and "negative_prompt" not in accepted:
         raise BadInput(f"{job.model} is a {name}, which takes no negative prompt.")
-    native = preset.native_side or native_side(pipe) or 0
-    if not native and None in (job.width, job.height):
+    side = preset.native_side or (None if makes_clips else native_side(pipe))
+    native = (side, side) if side else clip.native_size(pipe) if makes_clips else None
+    if native is None and None in (job.width, job.height):
         raise BadInput(f"{job.model} does not say its native size: give --width and --height.")
-    width, height = job.width or native, job.height or native
-    token = size_multiple(pipe)
+    width, height = (given or usual for given, usual in zip((job.width, job.height), native or (0, 0), strict=True))
+    token = clip.size_multiple(pipe) if makes_clips else size_multiple(pipe)
+    if makes_clips:
+        job = _complete_clip(job, pipe, preset)
     needed = {"this model": token}
     for config in configs:
         if config.grid_multiple > 1:
@@ -67,13 +76,15 @@ def complete(
     for who, multiple in needed.items():
         check_side("width", width, multiple, who)
         check_side("height", height, multiple, who)
+    if job.frames is not None:
+        clip.check_positions(job.window or job.frames, width, height, pipe)
     job = guidance.complete(job, pipe, preset.guidance)
     steps = job.steps or preset.steps or accepted["num_inference_steps"].default
     length = job.max_sequence_length or preset.max_sequence_length
     stages = plan(
         job.route,
         (width, height),
-        native=native,
+        native=side or 0,
         multiple=math.lcm(*needed.values()),
         steps=steps,
         strengths=job.strengths,
@@ -90,6 +101,50 @@ def complete(
         strengths=tuple(stage.strength for stage in stages if stage.strength is not None) or None,
     )
     return complete_job, stages
+
+
+def _check_kind(job: Job, pipe: Any, makes_clips: bool) -> None:
+    """
+    Raises:
+        BadInput: `pipe` makes nothing from a prompt alone, or not what the job is about.
+    """
+    accepted = inspect.signature(pipe.__call__).parameters
+    what, is_a = "clip" if makes_clips else "picture", f"{job.model} is a {type(pipe).__name__}, which"
+    needs = [name for name, parameter in accepted.items() if makes_clips and parameter.default is parameter.empty]
+    if "prompt" not in accepted or set(needs) - {"prompt"}:
+        raise BadInput(f"{is_a} does not make a {what} from a prompt.")
+    if makes_clips and job.route not in CLIP_ROUTES:
+        raise BadInput(f"--route {job.route} is for pictures; {is_a} makes clips: {' or '.join(CLIP_ROUTES)}.")
+    if not makes_clips:
+        flags = {"frames": job.frames, "fps": job.fps, "window": job.window, "overlap": job.overlap}
+        given = [f"--{name} {value}" for name, value in flags.items() if value is not None]
+        given += [f"--frames-dir {job.frames_dir}"] if job.frames_dir else []
+        given += ["--route windows"] if job.route == "windows" else []
+        if given:
+            raise BadInput(f"{given[0]}: {is_a} makes pictures, not clips.")
+
+
+def _complete_clip(job: Job, pipe: Any, preset: presets.Preset) -> Job:
+    """`job` with frames and their rate given, and window and overlap where its route goes by windows."""
+    usual = preset.frames or clip.native_frames(pipe)
+    frames, fps = job.frames or usual, job.fps or preset.fps or clip.native_fps(pipe)
+    if frames is None or fps is None:
+        what, flag = ("frames a clip has", "frames") if frames is None else ("frames a second it makes", "fps")
+        raise BadInput(f"{job.model} does not say how many {what}: give --{flag}.")
+    clip.check_frames(frames, pipe)
+    window, overlap = job.window, job.overlap
+    if job.route == "windows":
+        window = window or usual
+        if window is None:
+            raise BadInput(f"{job.model} does not say how many frames its clips have: give --window.")
+        clip.check_frames(window, pipe, "window")
+        factor = clip.temporal_factor(pipe)
+        overlap = overlap or max(1, clip.latent_frames(window, pipe) // 2) * factor
+        if overlap % factor or overlap >= window:
+            raise BadInput(f"overlap {overlap} is not a multiple of {factor} below the window, {window}.")
+    elif flag := next((name for name in ("window", "overlap") if getattr(job, name) is not None), None):
+        raise BadInput(f"--{flag} {getattr(job, flag)}: there is no --route windows to use it.")
+    return dataclasses.replace(job, frames=frames, fps=fps, window=window, overlap=overlap)
 
 
 def steps_run(pipe: Any) -> StepsRun:

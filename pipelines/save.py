@@ -1,7 +1,8 @@
-"""Pictures on disk: written whole or not at all, and carrying all that is needed to make them again."""
+"""Files on disk: written whole or not at all, and the record in them by which they are made again."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image, PngImagePlugin
+from PIL import GifImagePlugin, Image, PngImagePlugin
 
 from .errors import BadInput
 from .job import MAX_SIDE
@@ -17,18 +18,26 @@ from .job import MAX_SIDE
 KEY = "attnswap"
 
 
-def check_writable(path: Path, kind: str) -> None:
+def check_writable(path: Path, *kinds: str) -> None:
     """Says now what would fail after the work: a folder that is not there or not writable, another kind of file.
 
     Raises:
         BadInput: with the path in it.
     """
-    if path.suffix.lower() != kind:
-        raise BadInput(f"{path}: the name must end in {kind}.")
-    if not path.parent.is_dir():
-        raise BadInput(f"{path}: the folder {path.parent} does not exist.")
+    if path.suffix.lower() not in kinds:
+        raise BadInput(f"{path}: the name must end in {' or '.join(kinds)}.")
     if path.is_dir():
         raise BadInput(f"{path} is a folder.")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """
+    Raises:
+        BadInput: the folder that `path` is to be in is not there, or not writable.
+    """
+    if not path.parent.is_dir():
+        raise BadInput(f"{path}: the folder {path.parent} does not exist.")
     # Asking the system (os.access) is wrong on Windows and network shares; only trying tells.
     try:
         with atomic(path, replace=False):
@@ -40,10 +49,16 @@ def check_writable(path: Path, kind: str) -> None:
 @contextmanager
 def atomic(path: Path, *, replace: bool = True) -> Iterator[IO[bytes]]:
     """A file that becomes `path` when the block ends well, and leaves nothing behind when it does not."""
+    with atomic_path(path, replace=replace) as part, part.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """The same for what is written by name."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
-            yield file
+        yield part
         if replace:
             os.replace(part, path)
     finally:
@@ -74,23 +89,58 @@ def open_png(path: Path) -> PngImagePlugin.PngImageFile:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `write_png` stored in the picture at `path`; its pixels are not looked at.
+    """What `write_png` or a writer of clips stored in the file at `path`; its pixels are not looked at.
 
     Raises:
-        BadInput: no such file, no PNG, or one that another program made.
+        BadInput: no such file, none of these kinds, or one that another program made.
     """
+    kind = path.suffix.lower()
+    if kind == ".mp4":
+        require_av(path)
+    read = {".mp4": _mp4_text, ".gif": _gif_text}.get(kind, _png_text)
     try:
-        with open_png(path) as image:
-            # Where another program has saved the file again, the text may stand behind the pixels.
-            text = image.info.get(KEY) or image.text.get(KEY)
+        text = read(path)
         record = json.loads(text) if text else None
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist.") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise BadInput(f"{path} is not a readable PNG: {error}") from error
+        name = kind[1:].upper() if kind in (".mp4", ".gif") else "PNG"
+        raise BadInput(f"{path} is not a readable {name}: {error}") from error
     if not isinstance(record, dict):
         raise BadInput(f"{path} does not say how it was made: it has no attnswap metadata.")
     return record
+
+
+def _png_text(path: Path) -> str | None:
+    with open_png(path) as image:
+        # Where another program has saved the file again, the text may stand behind the pixels.
+        return image.info.get(KEY) or image.text.get(KEY)
+
+
+def _gif_text(path: Path) -> str | None:
+    with GifImagePlugin.GifImageFile(path) as image:
+        comment = image.info.get("comment", b"")
+    return comment.decode() if comment.startswith(b"{") else None
+
+
+def _mp4_text(path: Path) -> str | None:
+    import av
+
+    with av.open(str(path)) as container:
+        return container.metadata.get(KEY)
+
+
+def has_av() -> bool:
+    return importlib.util.find_spec("av") is not None
+
+
+def require_av(path: Path) -> None:
+    """
+    Raises:
+        BadInput: PyAV, which reads and writes MP4, is not installed.
+    """
+    if not has_av():
+        raise BadInput(f'{path}: MP4 needs PyAV, which is not installed: pip install "attnswap[video]".')
 
 
 def write_json(data: dict[str, Any], path: Path) -> None:

@@ -118,6 +118,59 @@ def tiny_flux(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random WanPipeline of two transformers: 32x32 px, 9 frames; latents 4x smaller, 2x in time."""
+    import json
+    import string
+
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+    torch.manual_seed(0)
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *string.ascii_lowercase]
+
+    def transformer() -> WanTransformer3DModel:
+        return WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=16,
+            ffn_dim=16,
+            num_layers=1,
+            rope_max_seq_len=64,
+        )
+
+    pipe = WanPipeline(
+        tokenizer=T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=len(pieces), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        transformer=transformer(),
+        transformer_2=transformer(),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+            scale_factor_temporal=2,
+            scale_factor_spatial=4,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        boundary_ratio=0.8,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-wan"
+    pipe.save_pretrained(folder)
+    preset = {"native_side": 32, "frames": 9, "fps": 8, "steps": 2, "guidance": 2.0, "max_sequence_length": 8}
+    (folder / "attnswap.json").write_text(json.dumps(preset))
+    return folder
+
+
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """A copy of a model folder that a test may damage."""

@@ -71,8 +71,9 @@ class JointProcessor:
             key_mask = None if key_mask is None else parallel.gather_mask(layout.place, key_mask)
             query, key, value = parallel.gather(layout.place, query, key, value)
         attended = strategy.attend(query, key, value, layout, context, key_mask=key_mask)
-        # Only now: how much is computed may be a finding of this very call.
-        slot.count(query.shape[0], layout.place.tokens, layout.plan.pairs, searched=layout.plan.searches)
+        # Only now: how much is computed may be a finding of this very call. A graph that asked would depend on it.
+        if not torch.compiler.is_compiling():
+            slot.count(query.shape[0], layout.place.tokens, layout.plan.pairs, searched=layout.plan.searches)
         return attended if parallel is None else parallel.scatter(layout.place, attended, heads)
 
 

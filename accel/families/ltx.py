@@ -58,27 +58,30 @@ class VideoPlaces:
     """Tells the grid from its sides, or else from the coordinates of the tokens: the packed latent does not say.
 
     Pipelines that condition on frames put these before or behind the video: they are further frames of the grid.
+
+    Args:
+        model: the denoiser.
+        patch: frames, rows and columns of a token, as the sides are counted.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, patch: Grid) -> None:
         self._layers = [name for name in attention_layers(model) if is_self_attention(name)]
-        self._patch = model.config.patch_size_t, model.config.patch_size, model.config.patch_size
+        self._patch = patch
         self._coordinates = ReadOnce(frames_of)
 
     def __call__(self, arguments: dict[str, Any]) -> dict[str, Place]:
         return dict.fromkeys(self._layers, Place(self._grid(arguments)))
 
     def _grid(self, arguments: dict[str, Any]) -> Grid:
-        tokens = int(arguments["hidden_states"].shape[1])
-        sides = [arguments.get(name) for name in ("num_frames", "height", "width")]
-        coordinates = arguments.get("video_coords")
-        if all(side is not None for side in sides):
+        tokens, coordinates = arguments["hidden_states"].shape[1], arguments.get("video_coords")
+        sides: list[Any] = [arguments.get(name) for name in ("num_frames", "height", "width")]
+        if None in sides:
+            why = "without num_frames, height and width the video tokens have no frames, rows and columns"
+        else:
             frames, height, width = (-(-int(side) // patch) for side, patch in zip(sides, self._patch, strict=True))
             if frames * height * width == tokens:
                 return frames, height, width
             why = f"{tokens} video tokens are not a grid of {frames}x{height}x{width}"
-        else:
-            why = "without num_frames, height and width the video tokens have no frames, rows and columns"
         if coordinates is None:
             raise NoGrid(why)
         return self._coordinates.read(coordinates)
@@ -107,6 +110,11 @@ def frames_of(coordinates: Tensor) -> Grid:
     return len(rows) // frame, height, width
 
 
+def layer_places(model: Any) -> VideoPlaces:
+    """The sides are counted in tokens, whatever the patch."""
+    return VideoPlaces(model, (1, 1, 1))
+
+
 def is_self_attention(layer: str) -> bool:
     return layer.endswith(".attn1")
 
@@ -122,5 +130,5 @@ LTX = Family(
     self_attention=is_self_attention,
     processor=LTXProcessor,
     exchangeable=is_exchangeable,
-    places=VideoPlaces,
+    places=layer_places,
 )

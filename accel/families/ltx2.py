@@ -96,6 +96,11 @@ def processor_of(attn: Any) -> type[LTX2Processor]:
     return LTX2PerturbedProcessor if perturbed else LTX2PlainProcessor
 
 
+def layer_places(model: Any) -> VideoPlaces:
+    config = model.config
+    return VideoPlaces(model, (config.patch_size_t, config.patch_size, config.patch_size))
+
+
 def is_exchangeable(processor: object) -> bool:
     stock = (LTX2AudioVideoAttnProcessor, LTX2PerturbedAttnProcessor)
     return type(processor) in stock or isinstance(processor, LTX2Processor)
@@ -109,5 +114,5 @@ LTX2 = Family(
     processor=LTX2Processor,
     processor_of=processor_of,
     exchangeable=is_exchangeable,
-    places=VideoPlaces,
+    places=layer_places,
 )

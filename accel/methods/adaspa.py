@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from ... import kernels
 from ..context import Context
 from ..errors import UnsupportedModel
-from ..families.base import Family, Layout, Place
+from ..families.base import Family, Layout
+from ..families.parallel import ContextParallel
 from ..observe import Call
 from ..report import Details
 from ..stopwatch import Span, Stopwatch
-from .adaspa_order import Arrangement, tile_order
+from .adaspa_graph import Seat, attend_in_graph
+from .adaspa_order import Arrangement, TileOrder
 from .adaspa_report import details_of
 from .adaspa_schedule import PUBLISHED, Phase, UnknownSteps, check_search_steps, steps_of_run
 from .adaspa_state import CallShape, LayerState, Mode, SparsePlan
@@ -26,6 +29,8 @@ from .base import Config, Strategy
 _SIDES = (16, 32, 64, 128)
 #: From here on a query's score has left the range in which exponents of the kernels are exact.
 _CLAMPED_FROM = 60.0
+#: More guidance branches than any pipeline has.
+_TOO_MANY_BRANCHES = 16
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class AdaSpa(Config):
 
     Up to the first search step attention is dense. A search computes all scores exactly, block by block, and keeps in
     each row of blocks those with the largest share of the attention; later steps compute only these.
+
+    Under context parallelism each rank has a share of the heads, and ranks these among themselves.
 
     Attributes:
         sparsity: share of the video's key blocks that each query does without, 0 to below 1; 0 is dense.
@@ -127,13 +134,16 @@ class AdaSpaStrategy(Strategy):
     def reset(self) -> None:
         #: By guidance branch and layer.
         self._states: dict[tuple[int, str], LayerState] = {}
+        #: Layers without numbers, dense for the run.
+        self._lost: set[str] = set()
         self._watches: dict[str, Stopwatch] = {}
-        self._tile_orders: dict[tuple[Any, ...], Tensor] = {}
+        self._seats: dict[str, Seat] = {}
+        self._tile_orders: dict[tuple[Any, ...], TileOrder] = {}
         self._span = Span()
         self._run: int | None = None
 
     def details(self) -> Details:
-        return details_of(self._states, self._watches, self._span)
+        return details_of(sorted(self.layers | self._dense), self._states, self._watches, self._span)
 
     # Each call.
 
@@ -143,6 +153,7 @@ class AdaSpaStrategy(Strategy):
         like = hidden[0] if isinstance(hidden, list | tuple) else hidden
         if clock.run != self._run:
             self._states.clear()
+            self._lost.clear()
             self._span.begin(like.device)
             self._run = clock.run
         self._span.reach()
@@ -156,19 +167,37 @@ class AdaSpaStrategy(Strategy):
             return
         phase = Phase.of(clock.step + 1, search_at, clock.steps)
         recorder.remarks["searches"] = searches_in_words(search_at, clock.steps)
-        self._give_up_where_there_are_no_numbers()
-        for name in self.layers:
-            layout = layouts[name]
-            if not layout.grid:
+        parallel = ContextParallel.of(self.model)
+        if parallel is not None and self.config.head_adaptive:
+            recorder.remarks["levels"] = "heads are ranked among those of a rank"
+        self._give_up_where_there_are_no_numbers(parallel)
+        if clock.branch >= _TOO_MANY_BRANCHES:
+            recorder.note(
+                "a call ran dense: each brings another text tensor, so that guidance branches cannot be told apart; "
+                "pass the same one at each step, or name them by model.cache_context(name)",
+                warn=True,
+            )
+            return
+        least, short, late = self.config.min_tokens, set(), False
+        # In the order of the model, which is the same on all ranks.
+        for name, layout in layouts.items():
+            if name not in self.layers or name in self._lost or not layout.grid:
                 continue
-            tokens, least = layout.place.tokens, self.config.min_tokens
-            if tokens < least:
-                recorder.note(f"a call ran dense: {tokens} tokens are fewer than min_tokens {least}", warn=True)
-                return
+            if layout.place.tokens < least:
+                short.add(layout.place.tokens)
+                continue
             state = self._state(name, CallShape(call.batch, layout.place, like.device, like.dtype))
             mode = self._mode(phase, state, layout.backend)
+            late |= mode is Mode.FIRST and phase.step > search_at[0]
             if mode is not None:
-                layout.plan = SparsePlan(mode, state, phase)
+                layout.plan = SparsePlan(mode, state, phase, self._seat(layout).number)
+        for tokens in sorted(short):
+            recorder.note(f"attention over {tokens} tokens ran dense: min_tokens is {least}", warn=True)
+        if late:
+            recorder.note(
+                "a call after the first search had no mask and ran dense with a search: a transformer, a guidance "
+                "branch or a size of batch that began late"
+            )
 
     def _state(self, layer: str, shape: CallShape) -> LayerState:
         state = self._states.get((self.context.clock.branch, layer))
@@ -177,16 +206,20 @@ class AdaSpaStrategy(Strategy):
             state = self._states[self.context.clock.branch, layer] = LayerState(shape)
         return state
 
+    def _seat(self, layout: Layout) -> Seat:
+        if layout.layer not in self._seats:
+            self._seats[layout.layer] = Seat(partial(self._attend, layout))
+        return self._seats[layout.layer]
+
     def _mode(self, phase: Phase, state: LayerState, backend: str | None) -> Mode | None:
         """None is the model's own dense attention."""
-        if state.dense:
-            return None
-        if phase.warm:
+        if phase.due is None:
             return Mode.KEEP_LSE if phase.ends_warm_up and backend is None and state.shape.fuses else None
-        if state.mask is None:
+        if state.searched_at is None:
             # The first search step; or the first call of a second transformer, or of another batch.
             return Mode.FIRST
-        return Mode.AGAIN if phase.searches and state.searched_at != phase.step else Mode.SPARSE
+        # A cache may have left the layer out in the very step of a search.
+        return Mode.AGAIN if state.searched_at < phase.due else Mode.SPARSE
 
     def attend(
         self,
@@ -198,6 +231,12 @@ class AdaSpaStrategy(Strategy):
         *,
         key_mask: Tensor | None = None,
     ) -> Tensor:
+        if torch.compiler.is_compiling():
+            out: Tensor = attend_in_graph(query, key, value, key_mask, layout.plan.seat)
+            return out
+        return self._attend(layout, query, key, value, key_mask)
+
+    def _attend(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
         plan: SparsePlan = layout.plan
         state = plan.state
         dense = None
@@ -205,11 +244,12 @@ class AdaSpaStrategy(Strategy):
             # The user's own kernel, as in the steps before: it gives no log-sum-exp.
             mask = None if key_mask is None else key_mask[:, None, None]
             dense = dispatch_attention_fn(query, key, value, attn_mask=mask, backend=layout.backend)  # type: ignore[arg-type]
-        arrangement = Arrangement.of(layout.place, self._tile_order(layout.place, query.device), key_mask)
+        arrangement = Arrangement.of(layout.place, self._tile_order(layout, query.device), key_mask)
         query, key, value = (arrangement.arrange(x) for x in (query, key, value))
         lengths = arrangement.lengths
         if plan.mode is Mode.KEEP_LSE:
-            out, state.lse = kernels.dense_attention(query, key, value, kv_lengths=lengths, return_lse=True)
+            out, lse = kernels.dense_attention(query, key, value, kv_lengths=lengths, return_lse=True)
+            state.lse = lse.detach()
         elif plan.mode is Mode.FIRST:
             out = self._search_first(query, key, value, layout, arrangement, dense_known=dense is not None)
         else:
@@ -248,7 +288,7 @@ class AdaSpaStrategy(Strategy):
             out, reference = kernels.dense_attention(query, key, value, kv_lengths=lengths, return_lse=True)
             with watch.time("search", query.device):
                 scores, lse = kernels.block_scores(query, key, reference, block=block, kv_lengths=lengths)
-        self._keep(scores, lse, reference, layout, arrangement)
+        self._keep(query, key, scores, lse, reference, layout, arrangement)
         return out
 
     def _search_again(self, query: Tensor, key: Tensor, layout: Layout, arrangement: Arrangement) -> None:
@@ -257,16 +297,25 @@ class AdaSpaStrategy(Strategy):
             scores, lse = kernels.block_scores(
                 query, key, reference, block=self.config.block, kv_lengths=arrangement.lengths
             )
-        self._keep(scores, lse, reference, layout, arrangement)
+        self._keep(query, key, scores, lse, reference, layout, arrangement)
 
+    @torch.no_grad()
     def _keep(
-        self, scores: Tensor, lse: Tensor, reference: Tensor | None, layout: Layout, arrangement: Arrangement
+        self,
+        query: Tensor,
+        key: Tensor,
+        scores: Tensor,
+        lse: Tensor,
+        reference: Tensor | None,
+        layout: Layout,
+        arrangement: Arrangement,
     ) -> None:
         """Make the mask of a layer from the scores of its blocks."""
         plan: SparsePlan = layout.plan
+        lse = lse.detach()
         with self._watch(layout.layer).time("mask", scores.device):
             selection = kernels.select_blocks(
-                scores,
+                scores.detach(),
                 sparsity=self.config.sparsity,
                 block=self.config.block,
                 text=arrangement.text if self.config.text_sink else (),
@@ -274,36 +323,48 @@ class AdaSpaStrategy(Strategy):
                 head_adaptive=self.config.head_adaptive,
                 recall_threshold=self.config.recall_threshold,
             )
-        clamped = None if reference is None else (lse - reference >= _CLAMPED_FROM).sum()
-        plan.state.keep(selection, lse, clamped, plan.phase, tokens=lse.shape[-1])
+            clamped = None if reference is None else (lse - reference >= _CLAMPED_FROM).sum()
+            # The scores would not tell: their exponents are clamped.
+            finite = torch.stack([*query.aminmax(), *key.aminmax()]).isfinite().all()
+        plan.state.keep(selection, lse, clamped=clamped, finite=finite, phase=plan.phase)
 
     def _attend_sparsely(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, lengths: Tensor | None
     ) -> Tensor:
-        mask = layout.plan.state.mask
-        if not torch.compiler.is_compiling():
-            backend = kernels.explain("block_sparse_attention", query, key, value, mask, kv_lengths=lengths).backend
-            self.context.recorder.ran_on(layout.layer, backend)
+        mask = layout.plan.state.mask_on(query.device)
+        backend = kernels.explain("block_sparse_attention", query, key, value, mask, kv_lengths=lengths).backend
+        self.context.recorder.ran_on(layout.layer, backend)
         out = kernels.block_sparse_attention(query, key, value, mask, kv_lengths=lengths)
         assert isinstance(out, Tensor)
         return out
 
-    def _give_up_where_there_are_no_numbers(self) -> None:
-        """Layers in which the last search met NaN or infinity stay dense for the run. Waits for the device, but only
-        once after a search."""
-        for (_, name), state in self._states.items():
-            if state.found_no_numbers():
-                state.give_up()
+    def _give_up_where_there_are_no_numbers(self, parallel: ContextParallel | None) -> None:
+        """Layers in which the last search met NaN or infinity stay dense for the run, on all ranks alike. Waits for
+        the device, but only once after a search."""
+        found = [(name, state) for (_, name), state in self._states.items() if not state.checked]
+        if not found:
+            return
+        finite = torch.stack([state.finite.to(found[0][1].shape.device) for _, state in found])  # type: ignore[union-attr]
+        if parallel is not None:
+            finite = finite.int()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN, group=parallel.group)
+        for (name, state), is_finite in zip(found, finite.tolist(), strict=True):
+            state.checked = True
+            if not is_finite and name not in self._lost:
+                self._lost.add(name)
                 self.context.recorder.note(
                     f"{name} runs dense for the rest of the run: its query or key is not finite", warn=True
                 )
+        for (_, name), state in self._states.items():
+            if name in self._lost:
+                state.give_up()
 
-    def _tile_order(self, place: Place, device: torch.device) -> Tensor | None:
+    def _tile_order(self, layout: Layout, device: torch.device) -> TileOrder | None:
         if self.config.reorder == "none":
             return None
-        where = (place.grid, device)
+        where = (layout.grid, device)
         if where not in self._tile_orders:
-            self._tile_orders[where] = tile_order(place.grid).to(device)
+            self._tile_orders[where] = TileOrder.of(layout.grid, device)
         return self._tile_orders[where]
 
     def _watch(self, layer: str) -> Stopwatch:
@@ -313,7 +374,7 @@ class AdaSpaStrategy(Strategy):
 def searches_in_words(search_at: tuple[int, ...], steps: int | None) -> str:
     run = "" if steps is None else f" of {steps}"
     dense = f"dense up to step {search_at[0]}" if search_at[0] > 1 else "dense in the first step"
-    return f"searches at {', '.join(map(str, search_at))}{run}, {dense}"
+    return f"searches at step{'s' * (len(search_at) > 1)} {', '.join(map(str, search_at))}{run}, {dense}"
 
 
 def _is_number(value: object) -> bool:

@@ -33,6 +33,24 @@ def tile_order(grid: tuple[int, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
+class TileOrder:
+    """The tokens of a grid tile by tile.
+
+    Attributes:
+        there: as `tile_order` says.
+        back: its inverse.
+    """
+
+    there: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, grid: tuple[int, ...], device: torch.device) -> TileOrder:
+        there = tile_order(grid)
+        return cls(there.to(device), torch.argsort(there).to(device))
+
+
+@dataclass(frozen=True)
 class Arrangement:
     """How the tokens of a call are arranged for the kernels.
 
@@ -42,30 +60,27 @@ class Arrangement:
     Attributes:
         place: of the grid.
         tiles: order of the grid's tokens.
-        back: its inverse.
         around: `[B, T]` order of the tokens around the grid.
         lengths: int32 `[B]` tokens that are seen.
     """
 
     place: Place
-    tiles: Tensor | None = None
-    back: Tensor | None = None
+    tiles: TileOrder | None = None
     around: Tensor | None = None
     lengths: Tensor | None = None
 
     @classmethod
-    def of(cls, place: Place, tiles: Tensor | None, key_mask: Tensor | None) -> Arrangement:
+    def of(cls, place: Place, tiles: TileOrder | None, key_mask: Tensor | None) -> Arrangement:
         """Of a call whose `key_mask` is bool `[B, S]`, True for tokens that are seen; those of the grid always are."""
-        back = None if tiles is None else torch.argsort(tiles)
         if key_mask is None:
-            return cls(place, tiles, back)
+            return cls(place, tiles)
         lengths = key_mask.sum(dim=1, dtype=torch.int32)
-        if place.hidden_last:
-            return cls(place, tiles, back, None, lengths)
+        if place.hidden_last and (tiles is None or not place.start):
+            return cls(place, tiles, None, lengths)
         start, end = place.start, place.start + place.tokens - place.around
         around = torch.cat((key_mask[:, end:], key_mask[:, :start]), dim=1)
         order = torch.argsort(around.to(torch.uint8), dim=1, descending=True, stable=True)
-        return cls(place, tiles, back, order, lengths)
+        return cls(place, tiles, order, lengths)
 
     @property
     def is_as_they_come(self) -> bool:
@@ -85,7 +100,7 @@ class Arrangement:
             return x
         before, grid, after = self._parts(x)
         if self.tiles is not None:
-            grid = grid[:, self.tiles]
+            grid = grid[:, self.tiles.there]
         around = torch.cat((after, before), dim=1)
         if self.around is not None:
             around = around.take_along_dim(self.around[..., None, None], dim=1)
@@ -97,8 +112,8 @@ class Arrangement:
             return x
         start, count = self.place.start, self.place.tokens - self.place.around
         grid, around = x[:, :count], x[:, count:]
-        if self.back is not None:
-            grid = grid[:, self.back]
+        if self.tiles is not None:
+            grid = grid[:, self.tiles.back]
         if self.around is not None:
             around = around.take_along_dim(torch.argsort(self.around, dim=1)[..., None, None], dim=1)
         after = self.place.around - start

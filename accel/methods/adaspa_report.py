@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from ..report import Details
 from ..stopwatch import Span, Stopwatch
 from .adaspa_state import LayerState
 
 
-def details_of(states: Mapping[tuple[int, str], LayerState], watches: Mapping[str, Stopwatch], span: Span) -> Details:
-    """Read from the device what `states` (by guidance branch and layer) hold, since the run that is or was last."""
-    layers: dict[str, dict[str, Any]] = {}
+def details_of(
+    names: Iterable[str],
+    states: Mapping[tuple[int, str], LayerState],
+    watches: Mapping[str, Stopwatch],
+    span: Span,
+) -> Details:
+    """Read from the device what `states` (by guidance branch and layer) hold, since the run that is or was last.
+
+    Args:
+        names: of all layers that search, or would if they were not to stay dense.
+        watches: by layer, what took how long since enable or reset.
+        span: of the runs.
+    """
+    layers: dict[str, dict[str, Any]] = {name: {"branches": []} for name in names}
     for (branch, name), state in sorted(states.items(), key=lambda entry: entry[0][0]):
-        layers.setdefault(name, _no_searches())["branches"].append(_branch(branch, state))
-    for name, watch in watches.items():
-        times = {"search_seconds": watch.seconds("search"), "mask_seconds": watch.seconds("mask")}
-        layers.setdefault(name, _no_searches()).update(times)
+        layers[name]["branches"].append(_branch(branch, state))
+    for name, layer in layers.items():
+        for part in ("search", "mask"):
+            layer[f"{part}_seconds"] = watches[name].seconds(part) if name in watches else 0.0
     summary = {
         "run_seconds": span.seconds,
         "search_seconds": math.fsum(layer["search_seconds"] for layer in layers.values()),
@@ -29,23 +42,26 @@ def details_of(states: Mapping[tuple[int, str], LayerState], watches: Mapping[st
     return Details(summary, layers, tuple(_lines(summary, layers)), masks)
 
 
-def _no_searches() -> dict[str, Any]:
-    return {"branches": [], "search_seconds": 0.0, "mask_seconds": 0.0}
-
-
 def _branch(branch: int, state: LayerState) -> dict[str, Any]:
     """Of the last search; lists are `[B][H]`."""
-    found: dict[str, Any] = {"branch": branch, "searched_at": state.searched_at, "fell_back": state.dense}
-    if state.mask is not None:
-        _, _, _, key_blocks = state.mask.shape
-        per_head = state.mask.counts.float().mean(dim=-1) / key_blocks
-        found["density"] = per_head.tolist()
-    for name in ("recall", "kept", "level"):
-        tensor = getattr(state, name)
-        found[name] = None if tensor is None else tensor.tolist()
-    found["clamped_rows"] = None if state.clamped is None else int(state.clamped)
-    found["state_bytes"] = state.peak_bytes
-    return found
+    mask = state.mask
+    kept_blocks = None if mask is None else mask.counts.float().mean(dim=-1) / mask.key_blocks
+    return {
+        "branch": branch,
+        "searched_at": state.searched_at,
+        "fell_back": state.dense,
+        "density": _lists(kept_blocks),
+        "recall": _lists(state.recall),
+        "kept": _lists(state.kept),
+        "level": _lists(state.level),
+        "clamped_rows": None if state.clamped is None else int(state.clamped),
+        "state_bytes": state.peak_bytes,
+    }
+
+
+def _lists(found: Tensor | None) -> list[Any] | None:
+    """None, too, where there are no numbers: JSON has none for that."""
+    return None if found is None or not bool(found.isfinite().all()) else found.tolist()
 
 
 def _lines(summary: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -63,13 +79,19 @@ def _lines(summary: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) 
     lowest = min(heads, key=lambda entry: entry[1])
     levels = [sum(entry[2] == level for entry in heads) for level in (-1, 0, 1)]
     lines = [
-        f"attention mass in the kept blocks, when searched: mean {sum(kept) / len(kept):.3f}, lowest {lowest[1]:.3f} "
-        f"({lowest[3]})",
+        f"recall, the share of the attention in the kept blocks, when searched: mean {sum(kept) / len(kept):.3f}, "
+        f"lowest {lowest[1]:.3f} ({lowest[3]})",
         f"heads: {levels[0]} at a lower sparsity, {levels[1]} at the one asked for, {levels[2]} at a higher one",
-        f"searches took {summary['search_seconds']:.2f} s and masks {summary['mask_seconds']:.2f} s of "
-        f"{summary['run_seconds']:.2f} s; state {summary['state_bytes'] / 2**20:.1f} MiB",
+        f"time: {_share('search', summary)} in searches, {_share('mask', summary)} in making masks; the run took "
+        f"{summary['run_seconds']:.2f} s",
+        f"memory of the masks and of what searches need: {summary['state_bytes'] / 2**20:.3g} MiB at most",
     ]
     clamped = sum(branch["clamped_rows"] or 0 for layer in layers.values() for branch in layer["branches"])
     if clamped:
         lines.append(f"{clamped} query rows drifted too far from their last search for exact scores")
     return lines
+
+
+def _share(part: str, summary: Mapping[str, Any]) -> str:
+    seconds, whole = summary[f"{part}_seconds"], summary["run_seconds"]
+    return f"{seconds:.2f} s" + (f" ({seconds / whole:.1%})" if whole else "")

@@ -65,28 +65,24 @@ class Phase:
 
     Attributes:
         step: counted from 1.
-        warm: it comes before the first search, so that attention is dense.
-        searches: it is a step of a search.
+        due: the latest step of a search so far, this one included; None before the first, when attention is dense.
         ends_warm_up: it is the one before the first search.
         searches_again: a later step searches.
         last: it is the last of the run, as far as that is known.
     """
 
     step: int
-    warm: bool
-    searches: bool
+    due: int | None
     ends_warm_up: bool
     searches_again: bool
     last: bool
 
     @classmethod
     def of(cls, step: int, search_at: Sequence[int], steps: int | None) -> Phase:
-        first = search_at[0]
         return cls(
             step=step,
-            warm=step < first,
-            searches=step in search_at,
-            ends_warm_up=step == first - 1,
+            due=max((at for at in search_at if at <= step), default=None),
+            ends_warm_up=step == search_at[0] - 1,
             searches_again=step < search_at[-1],
             last=step == steps,
         )

@@ -50,9 +50,10 @@ class LayerState:
         kept: fp32 `[B, H]` share of the attention mass in the blocks of the mask when it was made.
         pairs: 0-d, query-key pairs an item and head that the mask keeps.
         clamped: 0-d, query rows whose scores left the range in which they are exact.
+        finite: 0-d bool, query and key of the last search were numbers.
         searched_at: step of the last search, counted from 1.
-        checked: whether the last search was seen to have found numbers.
-        dense: it did not, and the layer stays dense for the run.
+        checked: whether somebody has looked at `finite` since.
+        dense: they were not, and the layer stays dense for the run.
         peak_bytes: the most it held.
     """
 
@@ -64,45 +65,61 @@ class LayerState:
     level: Tensor | None = None
     pairs: Tensor | None = None
     clamped: Tensor | None = None
+    finite: Tensor | None = None
     searched_at: int | None = None
     checked: bool = True
     dense: bool = False
     peak_bytes: int = 0
 
-    def keep(self, found: Selection, lse: Tensor, clamped: Tensor | None, phase: Phase, *, tokens: int) -> None:
+    def keep(self, found: Selection, lse: Tensor, *, clamped: Tensor | None, finite: Tensor, phase: Phase) -> None:
         """Take over what a search found; its log-sum-exp only for a search to come."""
         self.mask, self.recall, self.kept, self.level = found.mask, found.recall, found.kept, found.level
         self.lse = lse if phase.searches_again else None
-        exact = torch.float32 if lse.device.type == "mps" else torch.float64
-        self.pairs = found.mask.counts.to(exact).mean() * (tokens**2 / found.mask.key_blocks)
-        self.clamped, self.searched_at, self.checked = clamped, phase.step, False
+        self.pairs = pairs_of(found.mask, lse.shape[-1])
+        self.clamped, self.finite = clamped, finite
+        self.searched_at, self.checked = phase.step, False
         self.peak_bytes = max(self.peak_bytes, found.mask.nbytes + lse.nbytes)
 
-    def found_no_numbers(self) -> bool:
-        """Whether the last search met NaN or infinity. Reads from the device, once after each search."""
-        if self.checked or self.recall is None:
-            return False
-        self.checked = True
-        return not bool(self.recall.isfinite().all())
+    def mask_on(self, device: torch.device) -> BlockMask:
+        """The mask, which may have been put away: what was taken for the last step need not have been it."""
+        assert self.mask is not None
+        if self.mask.device != device:
+            self.mask = self.mask.to(device)
+        return self.mask
 
     def give_up(self) -> None:
         """Stay dense for the run."""
         self.dense, self.mask, self.lse = True, None, None
+        self.recall, self.kept, self.level = None, None, None
 
     def put_away(self) -> None:
         """Leave the device: the run is over, and only a report may want to look at the mask."""
         self.lse = None
-        if self.mask is not None and not torch.compiler.is_compiling():
+        if self.mask is not None:
             self.mask = self.mask.to("cpu")
+
+
+def pairs_of(mask: BlockMask, tokens: int) -> Tensor:
+    """0-d, query-key pairs in the kept blocks of an item and head, in the mean; the last blocks may be shorter."""
+    # Counts of pairs need more digits than fp32 has.
+    exact = torch.float32 if mask.device.type == "mps" else torch.float64
+    (rows, columns), (_, _, query_blocks, key_blocks) = mask.block, mask.shape
+    keeps_last = (mask.bits[..., -1] >> (key_blocks - 1) % 8 & 1).to(exact)
+    keys = mask.counts.to(exact) * columns - keeps_last * (key_blocks * columns - tokens)
+    queries = torch.full((query_blocks,), rows, dtype=exact, device=mask.device)
+    queries[-1] = tokens - (query_blocks - 1) * rows
+    return (keys @ queries).mean()
 
 
 @dataclass
 class SparsePlan:
-    """Attention of a layer in one call; `state` is of the layer, read and written by the call."""
+    """Attention of a layer in one call; `state` is of the layer, read and written by the call, `seat` its place in
+    compiled graphs."""
 
     mode: Mode
     state: LayerState
     phase: Phase
+    seat: Tensor
     around: bool = False
 
     @property

@@ -1,5 +1,5 @@
-"""High-resolution routes: from the size a model was trained at to the one asked for, in stages."""
+"""Routes from what a model was trained at to what is asked for: larger pictures in stages, longer clips in windows."""
 
-from .plan import ROUTES, Stage, plan
+from .plan import CLIP_ROUTES, ROUTES, Stage, plan
 
-__all__ = ["ROUTES", "Stage", "plan"]
+__all__ = ["CLIP_ROUTES", "ROUTES", "Stage", "plan"]

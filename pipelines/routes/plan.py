@@ -15,7 +15,10 @@ ROUTES: dict[str, tuple[float, ...]] = {
     "ladder": (0.4, 0.3, 0.2, 0.1),
     "superres": (0.32, 0.24, 0.16, 0.08),
     "superres-ladder": (0.32,),
+    "windows": (),
 }
+# For clips; the others are for pictures.
+CLIP_ROUTES = ("direct", "windows")
 
 
 #: Steps of a whole run, strength → steps that image-to-image really runs.
@@ -39,7 +42,7 @@ def every(steps: int, strength: float) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of the denoiser on the way to the picture.
+    """One run of the denoiser on the way to the picture or clip.
 
     Attributes:
         number: From 1, of `total`.
@@ -91,7 +94,7 @@ def plan(
     width, height = size
     if route not in ROUTES:
         raise BadInput(f"no route {route!r}: there is {', '.join(ROUTES)}.")
-    if route == "direct":
+    if route in CLIP_ROUTES:
         if strengths is not None:
             raise BadInput(f"--strengths {_listed(strengths)}: there is no --route to use them.")
         return (Stage(1, 1, width, height, steps),)

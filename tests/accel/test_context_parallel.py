@@ -61,6 +61,21 @@ def masked_and_uneven() -> dict[str, Any]:
     return enabled_before(model, arguments, ulysses_degree=RANKS, ulysses_anything=True)
 
 
+def video() -> dict[str, Any]:
+    """Of the 3 heads of Wan one rank holds more; by the road that methods for video take."""
+    from families.dense_strategy import dense, seen
+    from video_models import WAN
+
+    case = WAN[0]
+    model, arguments = case.make(num_attention_heads=3), case.inputs((2, 5, 7), 6, 2)
+    alone = run(model, arguments)
+    split(model, ulysses_degree=RANKS)
+    with dense(model) as handle:
+        together = run(model, arguments)
+        shapes = [list(call.shape) for call in seen(handle).values()]
+        return {"alone": alone, "together": together, "report": str(handle.report()), "shapes": shapes}
+
+
 def disabled() -> dict[str, Any]:
     model, arguments = tiny("flux")
     alone = run(model, arguments)
@@ -88,6 +103,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     "ring": lambda: enabled_after(*tiny("flux"), ring_degree=RANKS),
     "reference image": lambda: enabled_before(*tiny("flux2", reference=(2, 3)), ulysses_degree=RANKS),
     "mask, uneven shares": masked_and_uneven,
+    "video": video,
     "disabled": disabled,
 }
 REFUSALS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -141,6 +157,11 @@ def test_the_report_says_that_heads_were_exchanged_and_nothing_ran_dense(ranks: 
     report = ranks[0][name]["report"]
     assert "exchange heads for tokens over 2 ranks" in report
     assert " 0 dense" in report
+
+
+def test_a_method_for_video_sees_all_tokens_and_a_share_of_the_heads(ranks: Ranks) -> None:
+    shapes = [rank["video"]["shapes"] for rank in ranks]
+    assert shapes == [[[2, 70, 2, 12]] * 2, [[2, 70, 1, 12]] * 2]
 
 
 def test_fewer_heads_than_ranks_are_refused_on_every_rank(ranks: Ranks) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import attnswap
 import pytest
 import torch
-from attnswap.accel.report import Recorder, Report
+from attnswap.accel.report import LayerPlan, LayerRecord, Recorder, Report
 
 from .slim import sample, slim
 
@@ -111,6 +111,19 @@ def test_however_many_notes_there_are_it_stays_one_screen() -> None:
     assert len(report.to_dict()["denoisers"][0]["notes"]) == 100
     assert len(str(report).splitlines()) <= 24
     assert "more" in str(report)
+
+
+def test_density_is_told_of_each_denoiser_with_and_without_its_dense_calls() -> None:
+    recorders = [Recorder("Model", ("method",), {}) for _ in range(2)]
+    for recorder, pairs in zip(recorders, (25, 50), strict=True):
+        recorder.layers["layer"] = LayerRecord(LayerPlan("layer", True, "why"))
+        recorder.count("layer", pairs=pairs, dense_pairs=100, accelerated=True, searched=True)
+    recorders[1].count("layer", pairs=100, dense_pairs=100, accelerated=False)
+    report = Report.of(recorders)
+    told = [line for line in str(report).splitlines() if "density" in line]
+    assert [line.split(": ")[1] for line in told] == ["0.25", "0.75, 0.50 without the dense calls"]
+    assert "1 accelerated, 1 dense; 1 with a search; backend none" in str(report)
+    assert report.density == pytest.approx(175 / 300)
 
 
 def test_tokens_that_do_not_form_the_grid_run_dense_and_are_reported_with_one_warning() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attnswap.pipelines import load, presets, render, save
+from attnswap.pipelines import load, presets, run, save
 from attnswap.pipelines.errors import BadInput, JobFailed
 from attnswap.pipelines.generate import generate
 from attnswap.pipelines.job import RECORDED, Job, from_record
@@ -201,21 +201,21 @@ class TestSizes:
         assert size_multiple(self.pipe(8, 16, transformer=self.Part(patch_size=1))) == 16
 
 
-def test_a_pipeline_for_video_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    class WanPipeline:
-        def __call__(self, prompt: str, num_frames: int) -> None: ...
+def test_a_pipeline_that_animates_a_picture_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    class WanImageToVideoPipeline:
+        def __call__(self, image: object, prompt: str, num_frames: int) -> None: ...
 
-    monkeypatch.setattr(load, "load", lambda *_, **__: WanPipeline())
-    with pytest.raises(BadInput, match="WanPipeline, which does not make a picture"):
+    monkeypatch.setattr(load, "load", lambda *_, **__: WanImageToVideoPipeline())
+    with pytest.raises(BadInput, match="WanImageToVideoPipeline, which does not make a clip from a prompt"):
         generate(job)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the peaks of processes apart")
 def test_the_peak_memory_is_not_that_of_the_process_that_started_this_one():
     held = torch.ones(2**29, dtype=torch.uint8)  # 512 MiB that the other process never has
-    code = "import torch; from attnswap.pipelines import render; print(render.peak_bytes(torch.device('cpu')))"
+    code = "import torch; from attnswap.pipelines import run; print(run.peak_bytes(torch.device('cpu')))"
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    here = render.peak_bytes(torch.device("cpu"))
+    here = run.peak_bytes(torch.device("cpu"))
     assert here is not None
     assert here > held.numel()
     assert 2**20 < int(other.stdout) < here - held.numel() // 2

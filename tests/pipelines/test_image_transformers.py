@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attnswap import Clear, UnsupportedModel, WeightsError
-from attnswap.pipelines import guidance, presets, render, resolve
+from attnswap.pipelines import guidance, presets, render, resolve, run
 from attnswap.pipelines.errors import BadInput
 from attnswap.pipelines.job import Job
 from attnswap.pipelines.presets import Preset
@@ -125,7 +125,7 @@ class TestLadder:
         job, stages = completed(pipe, job, configs=[clear])
         said: list[str] = []
         methods = StageMethods(pipe, [clear], said.append)
-        progress = render.Progress(stages, shown=False)
+        progress = run.Progress(stages, shown=False)
         painter = render.Painter(pipe, job, torch.device("cpu"), progress=progress, methods=methods)
         image: Image.Image | None = None
         for stage in stages:

@@ -15,7 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from attnswap.pipelines import load, low_memory, presets, render, resolve, save
+from attnswap.pipelines import load, low_memory, presets, render, resolve, run, save
 from attnswap.pipelines.errors import BadInput, JobFailed
 from attnswap.pipelines.generate import Result, generate, place, place_again
 from attnswap.pipelines.job import Job, from_record
@@ -181,7 +181,7 @@ class TestLadder:
     def test_does_not_claim_a_size_of_tiles_that_cannot_be_set(self, job: Job) -> None:
         vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
         heard: list[str] = []
-        shown = render.Progress((), shown=False)
+        shown = run.Progress((), shown=False)
         painter = render.Painter(SimpleNamespace(vae=vae), job, torch.device("cpu"), progress=shown, say=heard.append)
         with painter._tiles(Stage(2, 2, 4096, 4096, 1, 0.5)):
             assert vae.use_tiling
@@ -226,7 +226,7 @@ class TestOffload:
             pipe,
             job,
             device,
-            progress=render.Progress(stages, shown=False),
+            progress=run.Progress(stages, shown=False),
             prepare=lambda made: place_again(made, device, offloaded),
         )
         image, carried = None, {}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
-from attnswap.accel.families import image_ids
 from attnswap.accel.families.base import NoGrid
 from attnswap.accel.families.image_ids import ImageIds
 
@@ -49,21 +46,3 @@ def test_a_grid_may_start_anywhere_and_have_a_batch_and_more_columns() -> None:
 def test_what_is_no_grid_is_refused(other: torch.Tensor) -> None:
     with pytest.raises(NoGrid, match="img_ids"):
         ImageIds().read(other)
-
-
-def test_a_tensor_is_read_once_and_again_where_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, table, reads = ImageIds(), ids(3, 5), []
-    original = image_ids._read
-    monkeypatch.setattr(image_ids, "_read", lambda ids: (reads.append(1), original(ids))[1])
-    assert reader.read(table) == reader.read(table) == ((3, 5), 0)
-    assert len(reads) == 1
-    assert reader.read(ids(5, 3)) == ((5, 3), 0)
-    table.copy_(ids(5, 3))
-    assert reader.read(table) == ((5, 3), 0)
-    assert pickle.loads(pickle.dumps(reader)).read(table) == ((5, 3), 0)
-
-
-def test_a_tensor_of_inference_mode_is_read_too() -> None:
-    with torch.inference_mode():
-        table, reader = ids(3, 5), ImageIds()
-        assert reader.read(table) == reader.read(table) == ((3, 5), 0)

@@ -1,0 +1,339 @@
+"""Block-sparse attention and its search in Triton.
+
+A program attends for one tile of queries. The kernel over a mask (`triton_sparse.py`) walks a list of kept key blocks,
+so that rows and heads of any density take the time of what they keep; rows with the longest lists come first. The
+search (`triton_scores.py`) weighs keys against a log-sum-exp that is known beforehand, which takes no running maximum
+and, without values, half the work of attention. What it cannot know, rows without a reference before and rows far off
+it after, is for the kernels of `triton_dense.py`: they look at every tile and go on only where it is needed, so that
+nothing waits for the device. Rows are found by pointers, so the tensors are read where they lie.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import dispatch
+from ..targets import TARGETS, Config, Shipped, Target, target_of
+from .mask import BlockMask
+from .triton_dense import dense_attention_kernel, reference_kernel
+from .triton_scores import block_scores_kernel
+from .triton_sparse import block_index_kernel, block_sparse_kernel
+from .triton_tiles import UNSPECIALISED
+
+# Blocks of a row that one step of `block_index_kernel` unpacks.
+CHUNK = 1024
+# Rows of a mask are taken by their share of kept blocks, in steps of an eighth, and within a step as they lie: a finer
+# order would scatter the rows of masks of uneven rows, and neighbouring rows share keys in L2.
+DENSITIES = 8
+MAX_ROWS = 128
+# Largest tiles by target, element size and padded head dimension. They were chosen to spill nothing on their target
+# (kernels/aot.py), not by timing. Attention over a mask has a tile for each block of queries, with warps in proportion
+# where that is less; blocks larger than a tile are walked, or their scores summed, in several.
+FP32 = {  # multiplied without tensor cores, to be exact
+    (4, 64): Config(32, 32, 8, 1),
+    (4, 128): Config(32, 16, 8, 1),
+}
+TALL = Config(128, 64, 8, 3)
+SLIM = Config(128, 32, 8, 3)  # where all operands are kept in registers
+ATTENTION = {
+    "sm_80": {(2, 64): TALL, (2, 128): SLIM} | FP32,
+    "sm_90": {(2, 64): TALL, (2, 128): TALL} | FP32,
+    "sm_100": {(2, 64): TALL, (2, 128): Config(128, 64, 8, 2)} | FP32,
+    "sm_120": {(2, 64): TALL, (2, 128): Config(64, 32, 4, 3)} | FP32,
+    "gfx942": {(2, 64): Config(128, 64, 8, 2), (2, 128): Config(128, 32, 8, 2)} | FP32,
+}
+# Scores alone: no output to accumulate.
+SEARCH = {
+    "sm_80": {(2, 64): TALL, (2, 128): TALL} | FP32,
+    "sm_90": {(2, 64): TALL, (2, 128): TALL} | FP32,
+    "sm_100": {(2, 64): TALL, (2, 128): Config(64, 64, 4, 3)} | FP32,
+    "sm_120": {(2, 64): TALL, (2, 128): Config(128, 64, 8, 2)} | FP32,
+    "gfx942": {(2, 64): Config(128, 64, 8, 2), (2, 128): Config(128, 64, 8, 2)} | FP32,
+}
+# An output and two sums.
+FUSED_FP32 = FP32 | {(4, 128): Config(16, 16, 4, 1)}
+FUSED = {
+    "sm_80": {(2, 64): TALL, (2, 128): SLIM} | FUSED_FP32,
+    "sm_90": {(2, 64): TALL, (2, 128): TALL} | FUSED_FP32,
+    "sm_100": {(2, 64): TALL, (2, 128): TALL} | FUSED_FP32,
+    "sm_120": {(2, 64): TALL, (2, 128): SLIM} | FUSED_FP32,
+    "gfx942": {(2, 64): Config(128, 64, 8, 2), (2, 128): Config(128, 64, 8, 2)} | FUSED_FP32,
+}
+
+
+def configuration(
+    configs: dict[str, dict[tuple[int, int], Config]],
+    target: Target,
+    element_size: int,
+    head_dim: int,
+    block: tuple[int, int] = (MAX_ROWS, 128),
+) -> tuple[Config, dict[str, Any]]:
+    """The tiles for a call, none larger than `block`, and the constants that it shares with its ahead-of-time check."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    largest = configs[target.name][element_size, max(64, block_d)]
+    config = replace(largest, block_m=min(largest.block_m, block[0]), block_n=min(largest.block_n, block[1]))
+    config = replace(config, num_warps=max(1, largest.num_warps * config.block_m // largest.block_m))
+    return config, {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+
+
+def sparse_constants(config: Config, block: tuple[int, int]) -> dict[str, int]:
+    return {"ROW_TILES": block[0] // config.block_m, "KEY_TILES": block[1] // config.block_n}
+
+
+def score_constants(config: Config, block: tuple[int, int]) -> dict[str, int]:
+    """A tile of the search may be several blocks of queries: they share the keys, and their scores are kept apart."""
+    return {"SCORE_ROWS": max(1, config.block_m // block[0])}
+
+
+def shipped() -> list[Shipped]:
+    """For kernels/aot.py: the blocks of the presets, with and without lengths."""
+    paper, tall = (64, 64), (128, 64)
+    sparse = [("bf16", 128, paper, True), ("bf16", 128, tall, False), ("fp16", 64, paper, False),
+              ("bf16", 64, tall, True), ("fp32", 128, paper, False)]  # fmt: skip
+    scores = [("bf16", 128, paper, True), ("bf16", 128, tall, False), ("fp16", 64, paper, False),
+              ("fp32", 128, paper, False)]  # fmt: skip
+    fused = [("bf16", 128, paper, True), ("bf16", 128, tall, False), ("bf16", 64, paper, False),
+             ("fp32", 128, paper, False)]  # fmt: skip
+    entries = []
+    for target in TARGETS:
+        entries += [_shipped(block_sparse_kernel, ATTENTION, target, *call) for call in sparse]
+        entries += [_shipped(block_scores_kernel, SEARCH, target, *call, HAS_VALUE=False) for call in scores]
+        entries += [_shipped(block_scores_kernel, FUSED, target, *call, HAS_VALUE=True) for call in fused]
+        entries += [
+            _shipped(dense_attention_kernel, ATTENTION, target, "bf16", 128, (128, 128), True, REPAIR=True),
+            _shipped(dense_attention_kernel, ATTENTION, target, "fp16", 64, (128, 128), False, REPAIR=False),
+            _shipped(reference_kernel, ATTENTION, target, "bf16", 128, (128, 128), True, HAS_GIVEN=True),
+            _shipped_index(target),
+        ]
+    return entries
+
+
+def _shipped(
+    kernel: Any,
+    configs: dict[str, dict[tuple[int, int], Config]],
+    target: Target,
+    dtype: str,
+    head_dim: int,
+    block: tuple[int, int],
+    lengths: bool,
+    **flags: bool,
+) -> Shipped:
+    element_size = 4 if dtype == "fp32" else 2
+    rows = block[0] if kernel is block_sparse_kernel else MAX_ROWS
+    config, fixed = configuration(configs, target, element_size, head_dim, (rows, block[1]))
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
+    signature |= dict.fromkeys(("given_ptr", "reference_ptr", "scores_ptr", "lse_ptr"), "*fp32")
+    signature |= dict.fromkeys(("blocks_ptr", "starts_ptr", "counts_ptr", "order_ptr", "lengths_ptr"), "*i32")
+    signature |= dict.fromkeys(UNSPECIALISED, "i32") | {"qk_scale": "fp32"}
+    fixed |= (
+        sparse_constants(config, block)
+        | score_constants(config, block)
+        | flags
+        | {"HAS_LENGTHS": lengths, "ALIGNMENT": 16 // element_size}
+    )
+    absent = {"lengths_ptr": lengths, "v_ptr": flags.get("HAS_VALUE", True), "reference_ptr": flags.get("REPAIR", True)}
+    for name in (name for name, there in absent.items() if not there):
+        del signature[name]
+        fixed[name] = None
+    names = [name.lower().removeprefix("has_") for name, there in flags.items() if there]
+    variant = ", ".join([f"D {head_dim}", f"block {block[0]}x{block[1]}", *names, *["lengths"] * lengths])
+    return Shipped(kernel, target, dtype, variant, config, signature, fixed)
+
+
+def _shipped_index(target: Target) -> Shipped:
+    signature = {"bits_ptr": "*u8"} | dict.fromkeys(("starts_ptr", "blocks_ptr"), "*i32")
+    signature |= dict.fromkeys(UNSPECIALISED, "i32")
+    config = Config(1, CHUNK, 4, 1)
+    return Shipped(block_index_kernel, target, "u8", "", config, signature, {"CHUNK": CHUNK})
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, kv_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output, and its log-sum-exp."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = _like_lse(query)
+    _dense(query, key, value, kv_lengths, scale, None, out, lse)
+    return out, lse
+
+
+def block_scores(
+    query: Tensor, key: Tensor, lse: Tensor | None, *, block: tuple[int, int], kv_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The scores, and the present log-sum-exp."""
+    reference = _reference(query, key, lse, kv_lengths, scale)
+    return _search(query, key, None, reference, block, kv_lengths, scale)[1:]
+
+
+def dense_attention_with_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse_ref: Tensor,
+    *,
+    block: tuple[int, int],
+    kv_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, its log-sum-exp and the scores: in one pass, and for fp16, which cannot hold the weights, in two."""
+    if query.dtype == torch.float16:
+        call = {"query": query, "key": key, "value": value, "kv_lengths": kv_lengths, "scale": scale}
+        scores, _ = block_scores(query, key, lse_ref, block=block, kv_lengths=kv_lengths, scale=scale)
+        return *dispatch.run("dense_attention", call), scores
+    reference = _reference(query, key, lse_ref, kv_lengths, scale)
+    out, scores, lse = _search(query, key, value, reference, block, kv_lengths, scale)
+    _dense(query, key, value, kv_lengths, scale, reference, out, lse)
+    return out, lse, scores
+
+
+def block_sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, kv_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output, and its log-sum-exp."""
+    query, key, value = (_rows_in_place(x) for x in (query, key, value))
+    tokens, heads, head_dim = query.shape[1:]
+    config, fixed = configuration(ATTENTION, target_of(query.device), query.element_size(), head_dim, mask.block)
+    row_tiles = mask.block[0] // config.block_m
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = _like_lse(query)
+    blocks, starts = block_index(mask)
+    counts = mask.counts.flatten()
+    order = (counts * DENSITIES // mask.key_blocks).argsort(descending=True, stable=True).int()
+    strides, alignment = _counted_strides(query, key, value)
+    with torch.cuda.device_of(query):
+        block_sparse_kernel[(len(order) * row_tiles,)](
+            query, key, value, blocks, starts, counts, order, _on_device(kv_lengths, query), out, lse,
+            *strides, heads, tokens, mask.shape[2], scale * math.log2(math.e),
+            **fixed, **sparse_constants(config, mask.block), HAS_LENGTHS=kv_lengths is not None, ALIGNMENT=alignment,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def block_index(mask: BlockMask) -> tuple[Tensor, Tensor]:
+    """As `BlockMask.index`; what is left of the capacity may hold anything."""
+    counts = mask.counts.flatten()
+    starts = counts.cumsum(0, dtype=torch.int32) - counts
+    blocks = counts.new_empty(mask.capacity)
+    with torch.cuda.device_of(counts):
+        block_index_kernel[(len(counts),)](
+            mask.bits.contiguous(), starts, blocks, mask.bits.shape[-1], mask.key_blocks, CHUNK=CHUNK
+        )
+    return blocks, starts
+
+
+def _dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_lengths: Tensor | None,
+    scale: float,
+    reference: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Fills `out` and `lse`; with a reference, only tiles of queries that were too far from it."""
+    query, key, value = (_rows_in_place(x) for x in (query, key, value))
+    batch, tokens, heads, head_dim = query.shape
+    config, fixed = configuration(ATTENTION, target_of(query.device), query.element_size(), head_dim)
+    strides, alignment = _counted_strides(query, key, value)
+    programs = triton.cdiv(tokens, config.block_m) * heads * batch
+    with torch.cuda.device_of(query):
+        dense_attention_kernel[(programs,)](
+            query, key, value, reference, _on_device(kv_lengths, query), out, lse,
+            *strides, heads, tokens, scale * math.log2(math.e),
+            **fixed, REPAIR=reference is not None, HAS_LENGTHS=kv_lengths is not None, ALIGNMENT=alignment,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+
+def _reference(query: Tensor, key: Tensor, lse: Tensor | None, kv_lengths: Tensor | None, scale: float) -> Tensor:
+    """`lse`, and the present log-sum-exp for rows where it is not finite; for all rows where there is none."""
+    query, key = _rows_in_place(query), _rows_in_place(key)
+    batch, tokens, heads, head_dim = query.shape
+    config, fixed = configuration(ATTENTION, target_of(query.device), query.element_size(), head_dim)
+    strides, alignment = _counted_strides(query, key)
+    reference = _like_lse(query)
+    programs = triton.cdiv(tokens, config.block_m) * heads * batch
+    with torch.cuda.device_of(query):
+        reference_kernel[(programs,)](
+            query, key, None if lse is None else lse.contiguous(), _on_device(kv_lengths, query), reference,
+            *strides, heads, tokens, scale * math.log2(math.e),
+            **fixed, HAS_GIVEN=lse is not None, HAS_LENGTHS=kv_lengths is not None, ALIGNMENT=alignment,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return reference
+
+
+def _search(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    reference: Tensor,
+    block: tuple[int, int],
+    kv_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, empty without values, the scores and the present log-sum-exp."""
+    query, key = _rows_in_place(query), _rows_in_place(key)
+    value = None if value is None else _rows_in_place(value)
+    batch, tokens, heads, head_dim = query.shape
+    kind = SEARCH if value is None else FUSED
+    config, fixed = configuration(kind, target_of(query.device), query.element_size(), head_dim, (MAX_ROWS, block[1]))
+    split = score_constants(config, block)
+    # Without values those of the keys stand in for their strides, which are not used.
+    strides, alignment = _counted_strides(query, key, key if value is None else value)
+    out = query.new_empty(0 if value is None else query.shape)
+    lse = _like_lse(query)
+    rows = triton.cdiv(tokens, config.block_m // split["SCORE_ROWS"])
+    columns = triton.cdiv(tokens, config.block_n)
+    scores = query.new_zeros((batch, heads, rows, columns), dtype=torch.float32)
+    programs = triton.cdiv(tokens, config.block_m) * heads * batch
+    with torch.cuda.device_of(query):
+        block_scores_kernel[(programs,)](
+            query, key, value, reference, _on_device(kv_lengths, query), scores, out, lse,
+            *strides, heads, tokens, rows, columns, scale * math.log2(math.e),
+            **fixed, **split, HAS_VALUE=value is not None, HAS_LENGTHS=kv_lengths is not None, ALIGNMENT=alignment,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, _summed(scores, max(1, block[0] // config.block_m), block[1] // config.block_n), lse
+
+
+def _summed(scores: Tensor, rows: int, columns: int) -> Tensor:
+    """Scores of blocks from those of tiles, where a block is more than one."""
+    if rows == columns == 1:
+        return scores
+    padded = torch.nn.functional.pad(scores, (0, -scores.shape[-1] % columns, 0, -scores.shape[-2] % rows))
+    return padded.unflatten(-1, (-1, columns)).sum(-1).unflatten(-2, (-1, rows)).sum(-2)
+
+
+def _like_lse(query: Tensor) -> Tensor:
+    batch, tokens, heads, _ = query.shape
+    return query.new_empty((batch, heads, tokens), dtype=torch.float32)
+
+
+def _on_device(kv_lengths: Tensor | None, query: Tensor) -> Tensor | None:
+    return None if kv_lengths is None else kv_lengths.to(query.device, torch.int32, non_blocking=True)
+
+
+def _rows_in_place(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _counted_strides(*tensors: Tensor) -> tuple[list[int], int]:
+    """The strides of batch, tokens and heads in units of the alignment, and the alignment in elements."""
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    elements = 16 // tensors[0].element_size()
+    alignment = elements if all(stride % elements == 0 for stride in strides) else 1
+    return [stride // alignment for stride in strides], alignment

@@ -1,0 +1,153 @@
+"""A job → the frames of its clip, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import clip, decode_video
+from .errors import JobFailed
+from .routes import Stage, windows
+from .run import Runner
+from .video_writer import Frame
+
+# Their last act is to decode all latents at once; so they can be stopped there, and the rest done in chunks.
+DECODE_LAST = (
+    "CogVideoXPipeline",
+    "HunyuanVideo15Pipeline",
+    "HunyuanVideoPipeline",
+    "LTXPipeline",
+    "MochiPipeline",
+    "WanPipeline",
+)
+
+
+class Film(Runner):
+    """Shoots a clip."""
+
+    def shoot(self, stage: Stage) -> Iterator[Frame]:
+        """The frames as they are decoded; all denoising comes before the first.
+
+        Raises:
+            BadInput: the pipeline refuses before any step.
+            JobFailed: out of memory, not-a-number, black frames only.
+        """
+        job = self.job
+        assert job.frames is not None
+        self._progress.begin(stage)
+        if self._methods:
+            self._methods.enter(stage)
+        lit = False
+        with self._failures(stage):
+            for pixels in self._timed(self._chunks(stage)):
+                if not torch.isfinite(pixels).all():
+                    raise JobFailed(f"not-a-number in the decoded frames in {job.dtype}.{self._try()}")
+                array = (pixels.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+                lit = lit or bool(array.any())
+                for frame in array:
+                    yield frame
+                    self._progress.frame_done(job.frames)
+        if not lit:
+            raise JobFailed(f"the clip is black all over.{self._try()}")
+
+    def _timed(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Counts the seconds in which `chunks` works, not those in which the frames are written."""
+        while True:
+            start = time.perf_counter()
+            chunk = next(chunks, None)
+            self.seconds += time.perf_counter() - start
+            if chunk is None:
+                return
+            yield chunk
+
+    def _chunks(self, stage: Stage) -> Iterator[torch.Tensor]:
+        """Frames [F, 3, H, W] in 0..1, fp32 on the CPU."""
+        pipe = self._pipe
+        streamed = type(pipe).__name__ in DECODE_LAST and decode_video.streams(pipe.vae)
+        if not streamed:
+            parts = f"{type(pipe).__name__} with {type(pipe.vae).__name__}"
+            self._say(f"{parts}: decoded whole, so memory grows with the number of frames.")
+            yield self._frames(stage)[0].float().cpu()
+            return
+        with _stopped_before_decoding(pipe.vae) as kept:
+            self._frames(stage)
+        [(latents, arguments)] = kept
+
+        @torch.no_grad()
+        def decode(part: torch.Tensor) -> torch.Tensor:
+            decoded: torch.Tensor = pipe.vae.decode(part, *arguments, return_dict=False)[0]
+            return decoded
+
+        if said := decode_video.remark(pipe.vae, latents):
+            self._say(f"{said}.")
+        for chunk in decode_video.chunks(pipe.vae, decode, latents):
+            yield pipe.video_processor.postprocess_video(chunk, output_type="pt")[0].float().cpu()
+        pipe.maybe_free_model_hooks()
+
+    def _frames(self, stage: Stage) -> torch.Tensor:
+        """What the pipeline makes of the job, [1, F, 3, H, W] in 0..1."""
+        job, pipe = self.job, self._pipe
+        assert job.frames is not None
+        assert job.fps is not None
+        named = dict.fromkeys(clip.FRAMES, job.frames)
+        rate = int(job.fps) if job.fps.denominator == 1 else float(job.fps)
+        with self._in_windows(stage) as noise:
+            output = self._call(pipe, stage, **named, frame_rate=rate, **noise)
+        frames: torch.Tensor = output.frames
+        return frames
+
+    @contextmanager
+    def _in_windows(self, stage: Stage) -> Iterator[dict[str, Any]]:
+        """The denoisers see windows, where the route goes by them; gives the noise they begin with."""
+        job, pipe = self.job, self._pipe
+        if job.route != "windows":
+            yield {}
+            return
+        assert job.frames is not None
+        assert job.window is not None
+        assert job.overlap is not None
+        if job.frames <= job.window:
+            self._say(f"--route windows: one of {job.window} frames covers all {job.frames}; it runs as without.")
+            yield {}
+            return
+        frames, window = (clip.latent_frames(count, pipe) for count in (job.frames, job.window))
+        overlap = job.overlap // clip.temporal_factor(pipe)
+        number = len(windows.spans(frames, window, overlap))
+        self._say(f"{number} windows of {job.window} frames, {job.overlap} shared: {number} times the calls of one.")
+        noise = windows.initial_noise(
+            pipe,
+            (stage.width, stage.height),
+            window=job.window,
+            frames=frames,
+            stride=window - overlap,
+            generator=self._generator(),
+        )
+        with windows.windowed(pipe, window, overlap):
+            yield {"latents": noise}
+
+
+@contextmanager
+def _stopped_before_decoding(vae: Any) -> Iterator[list[tuple[torch.Tensor, tuple[Any, ...]]]]:
+    """What `vae.decode` is asked for in the block, latents and further arguments; it answers with nearly nothing.
+
+    So every pipeline scales its latents itself, and ends as it always does.
+    """
+    from diffusers.models.autoencoders.vae import DecoderOutput
+
+    kept: list[tuple[torch.Tensor, tuple[Any, ...]]] = []
+
+    def keep(latents: torch.Tensor, *arguments: Any, return_dict: bool = True) -> Any:
+        kept.append((latents, arguments))
+        output = DecoderOutput(sample=latents.new_zeros(1, 3, 1, 8, 8))
+        return output if return_dict else (output.sample,)
+
+    vars(vae)["decode"] = keep
+    try:
+        yield kept
+    finally:
+        del vars(vae)["decode"]

@@ -1,0 +1,160 @@
+"""What pictures and clips share: a pipeline called for a job, with what goes wrong on the way said in one line."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from . import guidance
+from .errors import BadInput, JobFailed
+from .job import Job
+from .routes import Stage
+
+if TYPE_CHECKING:
+    from .stage_methods import StageMethods
+
+
+class Progress:
+    """One bar over the denoising steps of all stages, drawn where the whole takes more than two seconds."""
+
+    def __init__(self, stages: tuple[Stage, ...], shown: bool) -> None:
+        self._stages = stages
+        self._bar = tqdm(total=sum(stage.steps for stage in stages), disable=not shown, delay=2)
+        self._frames: tqdm[Any] | None = None
+
+    def begin(self, stage: Stage) -> None:
+        if stage.total > 1:
+            self._bar.set_description(str(stage), refresh=False)
+        self.reach(stage, 0)
+
+    def reach(self, stage: Stage, step: int) -> None:
+        before = sum(other.steps for other in self._stages[: stage.number - 1])
+        # Schedulers of second order call twice for most steps.
+        self._bar.update(before + min(step, stage.steps) - self._bar.n)
+
+    def frame_done(self, total: int) -> None:
+        """Another bar, over the frames of a clip, takes the place of that over the steps."""
+        if self._frames is None:
+            self._bar.close()
+            self._frames = tqdm(total=total, unit="frame", desc="frames", disable=self._bar.disable, delay=2)
+        self._frames.update()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._frames is not None:
+            self._frames.close()
+
+
+class Runner:
+    """Calls the pipeline of a job.
+
+    Args:
+        pipe: placed where it is to run.
+        prepare: is given a pipeline made from `pipe`, before it runs; places it.
+        methods: that a stage is to run with, if any.
+        say: is told what the user did not ask for.
+
+    Attributes:
+        job: what is made.
+        seconds: spent in denoising and decoding so far.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        job: Job,
+        device: torch.device,
+        *,
+        progress: Progress,
+        prepare: Callable[[Any], None] = lambda pipe: None,
+        methods: StageMethods | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.seconds = 0.0
+        self._pipe, self.job, self._device = pipe, job, device
+        self._progress, self._prepare, self._methods, self._say = progress, prepare, methods, say
+        self._steps_run = 0
+        self._latents: torch.Tensor | None = None
+
+    def _call(self, pipe: Any, stage: Stage, **more: Any) -> Any:
+        """The output of `pipe`, its pictures as tensors; `more` counts before what the job says."""
+        job = self.job
+
+        def after_step(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            self._after_step(stage, step + 1, tensors["latents"])
+            return {}
+
+        wanted = {
+            "prompt": job.prompt,
+            "width": stage.width,
+            "height": stage.height,
+            "num_inference_steps": job.steps,
+            "max_sequence_length": job.max_sequence_length,
+            **guidance.arguments(job, pipe),
+            "generator": self._generator(),
+            "callback_on_step_end": after_step,
+            **more,
+        }
+        accepted = inspect.signature(pipe.__call__).parameters
+        given = {name: value for name, value in wanted.items() if name in accepted and value is not None}
+        return pipe(**given, output_type="pt")
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator("cpu").manual_seed(self.job.seed)
+
+    def _after_step(self, stage: Stage, step: int, latents: torch.Tensor) -> None:
+        self._steps_run += 1
+        if not torch.isfinite(latents).all():
+            raise JobFailed(
+                f"not-a-number in the latents after step {step} of {stage.steps} in {self.job.dtype}.{self._try()}"
+            )
+        self._latents = latents
+        self._progress.reach(stage, step)
+
+    @contextmanager
+    def _failures(self, stage: Stage) -> Iterator[None]:
+        try:
+            yield
+        except (BadInput, JobFailed):
+            raise
+        except (ValueError, TypeError) as error:
+            if self._steps_run == 0:
+                raise BadInput(f"{type(self._pipe).__name__} refuses: {error}") from error
+            raise
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                frames = f", {self.job.frames} frames," if self.job.frames else ""
+                raise JobFailed(
+                    f"out of memory at {stage.width}x{stage.height}{frames} on {self._device} after {self._steps_run} "
+                    f"steps. Try a smaller size{', fewer frames' if frames else ''}, --low-memory, --vae-tiling or "
+                    "--cpu-offload model."
+                ) from error
+            raise
+
+    def _try(self) -> str:
+        return " Try --dtype float32." if self.job.dtype != "float32" else ""
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory held so far, on the accelerator where there is one, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":
+        # Not `ru_maxrss`: a process inherits that from the one that started it.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

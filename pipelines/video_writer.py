@@ -1,0 +1,185 @@
+"""Clips on disk, frame by frame: H.264 in MP4, GIF, or a folder of PNGs; whole or not at all, with their record."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import GifImagePlugin, Image
+
+from . import save
+from .errors import BadInput, JobFailed
+
+#: A picture, [H, W, 3].
+Frame = NDArray[np.uint8]
+
+KINDS = (".mp4", ".gif")
+# GIF counts in hundredths of a second, and players take 1 for 10.
+GIF_FASTEST = 50
+
+
+class Writer(Protocol):
+    def add(self, frame: Frame) -> None: ...
+
+
+def check(output: Path | None, frames_dir: Path | None) -> None:
+    """Says now what would fail after the work.
+
+    Raises:
+        BadInput: MP4 without PyAV, a folder for frames that has something in it or cannot be made.
+    """
+    if output is not None and output.suffix.lower() == ".mp4":
+        save.require_av(output)
+    if frames_dir is not None:
+        if frames_dir.exists() and not frames_dir.is_dir():
+            raise BadInput(f"--frames-dir {frames_dir} is a file.")
+        if frames_dir.is_dir() and any(frames_dir.iterdir()):
+            raise BadInput(f"--frames-dir {frames_dir} is not empty.")
+        save.check_folder(frames_dir)
+
+
+def check_fps(output: Path | None, fps: Fraction) -> None:
+    """
+    Raises:
+        BadInput: a GIF too fast for players.
+    """
+    if output is not None and output.suffix.lower() == ".gif" and fps > GIF_FASTEST:
+        raise BadInput(f"{output}: a GIF has at most {GIF_FASTEST} frames a second, not {float(fps):g}.")
+
+
+@contextmanager
+def writers(
+    output: Path | None, frames_dir: Path | None, *, fps: Fraction, record: dict[str, Any]
+) -> Iterator[list[Writer]]:
+    """What writes each frame where it is wanted; files come to be when the block ends well.
+
+    Args:
+        output: .mp4 or .gif; None writes no clip.
+        frames_dir: a folder that is not there or empty, for PNGs; None writes none.
+        record: what a clip remembers of its job; `save.read_record` reads it.
+
+    Raises:
+        JobFailed: a disk that is full, or the like.
+    """
+    opened: list[AbstractContextManager[Writer]] = []
+    if output is not None:
+        opened.append((mp4 if output.suffix.lower() == ".mp4" else gif)(output, fps, record))
+    if frames_dir is not None:
+        opened.append(pngs(frames_dir, record))
+    try:
+        with ExitStack() as stack:
+            yield [stack.enter_context(writer) for writer in opened]
+    except OSError as error:  # PyAV's errors of files are of this kind, too
+        raise JobFailed(f"{output or frames_dir} could not be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def mp4(path: Path, fps: Fraction, record: dict[str, Any]) -> Iterator[Writer]:
+    """H.264 as browsers play it: yuv420p in BT.709, the index before the frames, sides padded to even."""
+    import av
+
+    options = {"movflags": "+faststart+use_metadata_tags"}
+    with save.atomic_path(path) as part, av.open(str(part), "w", format="mp4", options=options) as container:
+        container.metadata[save.KEY] = json.dumps(record, ensure_ascii=False)
+        writer = _Mp4(container, fps)
+        yield writer
+        writer.finish()
+
+
+class _Mp4:
+    def __init__(self, container: Any, fps: Fraction) -> None:
+        self._container, self._fps = container, fps
+        self._stream: Any = None
+        self._count = 0
+
+    def add(self, frame: Frame) -> None:
+        import av
+        from av.video.reformatter import Colorspace
+
+        frame = padded_to_even(frame)
+        if self._stream is None:
+            self._stream = self._open(*frame.shape[:2])
+        picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709
+        )
+        picture.pts, picture.time_base = self._count, 1 / self._fps
+        self._container.mux(self._stream.encode(picture))
+        self._count += 1
+
+    def finish(self) -> None:
+        if self._stream is not None:
+            self._container.mux(self._stream.encode())  # what the encoder still holds
+
+    def _open(self, height: int, width: int) -> Any:
+        stream = self._container.add_stream("libx264", rate=self._fps, options={"crf": "18", "preset": "medium"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.time_base = 1 / self._fps
+        # 1 is BT.709 in each of these, and the limited range of video; players would guess by the size.
+        context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+        return stream
+
+
+@contextmanager
+def gif(path: Path, fps: Fraction, record: dict[str, Any]) -> Iterator[Writer]:
+    """Frames of 256 colours each, for ever; Pillow's own `save` would hold them all."""
+    with save.atomic(path) as file:
+        writer = _Gif(file, fps, record)
+        yield writer
+        file.write(b";")
+
+
+class _Gif:
+    def __init__(self, file: Any, fps: Fraction, record: dict[str, Any]) -> None:
+        self._file, self._fps = file, fps
+        self._comment = json.dumps(record, ensure_ascii=False).encode()
+        self._count = 0
+
+    def add(self, frame: Frame) -> None:
+        image = Image.fromarray(frame).quantize(256)
+        if self._count == 0:
+            header, _ = GifImagePlugin.getheader(image, info={"loop": 0, "comment": self._comment})
+            self._file.writelines(header)
+        # Whole hundredths of a second, so that no error adds up.
+        begin, end = (round(100 * count / self._fps) for count in (self._count, self._count + 1))
+        self._file.writelines(GifImagePlugin.getdata(image, duration=10 * (end - begin), include_color_table=True))
+        self._count += 1
+
+
+@contextmanager
+def pngs(folder: Path, record: dict[str, Any]) -> Iterator[Writer]:
+    """frame-00001.png and so on, lossless, in a folder that appears with the last of them."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part.mkdir()
+    try:
+        yield _Pngs(part, record)
+        with contextlib.suppress(FileNotFoundError):
+            folder.rmdir()  # empty; a full one is refused before the work, and here
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+class _Pngs:
+    def __init__(self, folder: Path, record: dict[str, Any]) -> None:
+        self._folder, self._record = folder, record
+        self._count = 0
+
+    def add(self, frame: Frame) -> None:
+        self._count += 1
+        save.write_png(Image.fromarray(frame), self._folder / f"frame-{self._count:05}.png", self._record)
+
+
+def padded_to_even(frame: Frame) -> Frame:
+    """With the last row and column once more where their number is odd, as yuv420p cannot have it."""
+    height, width = frame.shape[:2]
+    return np.ascontiguousarray(np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))

@@ -1,0 +1,140 @@
+"""Clips on the command line: files, what is said of them, one clear line for wrong use, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from attnswap.pipelines import save
+
+from .test_cli import Cli, attnswap, refused
+
+__all__ = ["attnswap"]  # a fixture
+
+
+@pytest.fixture
+def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if a denoising step is run."""
+    from diffusers import WanTransformer3DModel
+
+    def forward(*_: object, **__: object) -> None:
+        pytest.fail("a denoising step was run")
+
+    monkeypatch.setattr(WanTransformer3DModel, "forward", forward)
+
+
+class TestClip:
+    def test_says_frames_rate_time_and_memory(self, attnswap: Cli, tiny_wan: Path) -> None:
+        pytest.importorskip("av")
+        status, out, err = attnswap(
+            "generate", "a fox", "-m", tiny_wan, "--frames", 5, "--fps", "23.976", "-o", "fox.mp4"
+        )
+        assert (status, err.replace("\n", "")) == (0, "")
+        assert "fox.mp4: 32x32, 5 frames at 24000/1001 a second (0.2 s), 2 steps, seed 0" in out
+        assert " s on " in out
+        assert "peak memory" in out
+        assert os.listdir() == ["fox.mp4"]
+        assert save.read_record(Path("fox.mp4"))["fps"] == "24000/1001"
+
+    def test_picks_a_file_name_itself(self, attnswap: Cli, tiny_wan: Path) -> None:
+        pytest.importorskip("av")
+        attnswap("generate", "a fox", "-m", tiny_wan, "--steps", 1, "--seed", 7)
+        (name,) = os.listdir()
+        assert name.startswith("attnswap-")
+        assert name.endswith("-7.mp4")
+
+    def test_is_made_again_from_its_own_file_with_changes(self, attnswap: Cli, tiny_wan: Path) -> None:
+        pytest.importorskip("av")
+        attnswap("generate", "a fox", "-m", tiny_wan, "--seed", 3, "--route", "windows", "--frames", 13, "-o", "a.mp4")
+        assert attnswap("generate", "--from", "a.mp4", "-o", "b.mp4")[0] == 0
+        assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+        attnswap("generate", "--from", "b.mp4", "--frames", 17, "--window", 5, "-o", "c.gif")
+        record = save.read_record(Path("c.gif"))
+        assert [record[name] for name in ("seed", "frames", "window", "overlap")] == [3, 17, 5, 2]
+
+    def test_as_frames_alone(self, attnswap: Cli, tiny_wan: Path) -> None:
+        _, out, _ = attnswap(
+            "generate", "a fox", "-m", tiny_wan, "--steps", 1, "--frames-dir", "fox", "--report", "fox.json"
+        )
+        assert out.startswith("fox: 32x32, 9 frames")
+        assert sorted(os.listdir()) == ["fox", "fox.json"]
+        assert len(os.listdir("fox")) == 9
+        assert json.loads(Path("fox.json").read_text())["job"]["frames"] == 9
+
+
+@pytest.mark.usefixtures("no_steps")
+class TestWrongUseIsSaidBeforeAnyStep:
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (["--frames", 10], "frames 10 is not 2n + 1, which this model needs; nearest: 9"),
+            (["--frames", 0], "frames 0 is out of range"),
+            (["--frames", 999], "more than 127, where the model's positions end; try --route windows"),
+            (["--width", 36], "width 36 is not a multiple of 8"),
+            (["--fps", "fast"], "fps 'fast' is no number"),
+            (["--fps", "1000"], "out of range"),
+            (["--fps", "60", "-o", "fox.gif"], "at most 50 frames a second"),
+            (["-o", "fox.png"], "makes clips; the name must end in .mp4 or .gif"),
+            (["-o", "fox.avi"], ".png or .mp4 or .gif"),
+            (["--frames-dir", "no/fox"], "folder no does not exist"),
+            (["--route", "ladder"], "--route ladder is for pictures"),
+            (["--window", 5], "there is no --route windows"),
+            (["--route", "windows", "--window", 6], "window 6 is not 2n + 1"),
+            (["--route", "windows", "--overlap", 3], "overlap 3 is not a multiple of 2 below the window, 9"),
+            (["--route", "windows", "--overlap", 10], "below the window, 9"),
+        ],
+    )
+    def test_flag(self, attnswap: Cli, tiny_wan: Path, flags: list[object], said: str) -> None:
+        refused(attnswap("generate", "a fox", "-m", tiny_wan, *flags), said)
+        assert os.listdir() == []
+
+    @pytest.mark.parametrize(
+        "flags",
+        [("--frames", 9), ("--fps", 16), ("--overlap", 4), ("--frames-dir", "fox"), ("--route", "windows")],
+    )
+    def test_of_a_model_that_makes_pictures(self, attnswap: Cli, tiny_sd: Path, flags: tuple[object, object]) -> None:
+        refused(attnswap("generate", "a fox", "-m", tiny_sd, *flags), " ".join(map(str, flags)), "makes pictures")
+
+    def test_a_clip_of_a_model_that_makes_pictures(self, attnswap: Cli, tiny_sd: Path) -> None:
+        refused(attnswap("generate", "a fox", "-m", tiny_sd, "-o", "fox.mp4"), "makes pictures", ".png")
+
+    def test_mp4_without_pyav(self, attnswap: Cli, tiny_wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("attnswap.pipelines.save.has_av", lambda: False)
+        refused(attnswap("generate", "a fox", "-m", tiny_wan), 'pip install "attnswap[video]"')
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
+def test_ctrl_c_while_frames_are_written_leaves_nothing(tiny_wan: Path, tmp_path: Path) -> None:
+    script = (
+        # A shell that runs the tests in the background has them ignore SIGINT.
+        "import signal, sys, diffusers, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "decode = diffusers.AutoencoderKLWan.decode\n"
+        "count = 0\n"
+        "def slow(*a, **k):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if count == 3:\n"
+        "        print('frame', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    return decode(*a, **k)\n"
+        "diffusers.AutoencoderKLWan.decode = slow\n"
+        "from attnswap.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    flags = ["-m", str(tiny_wan), "--steps", "1", "-o", "fox.gif", "--frames-dir", "fox"]
+    command = [sys.executable, "-c", script, "generate", "a fox", *flags]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "frame\n"
+    assert any(path.name.endswith(".part") for path in tmp_path.iterdir())
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted" in err
+    assert list(tmp_path.iterdir()) == []
