@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..accel.report import Report
+from ..accel.report import Details, Report
 from ..accel.swap import disable, enable
 
 if TYPE_CHECKING:
     from ..accel.methods.base import Config
     from ..accel.swap import Handle
     from .routes import Stage
+
+#: What a report says of one denoiser.
+Entry = tuple[dict[str, Any], Details | None]
 
 
 class StageMethods:
@@ -34,7 +37,7 @@ class StageMethods:
         self.handle: Handle | None = enable(pipe, self._configs) if configs else None
         self._in_place = self._configs
         self._remark = ""
-        self._past: tuple[dict[str, Any], ...] = ()
+        self._past: tuple[Entry, ...] = ()
 
     def enter(self, stage: Stage) -> None:
         """Put in place what `stage` needs, before it runs."""
@@ -46,15 +49,15 @@ class StageMethods:
                 self._remark = f"the base (stage 1/{stage.total}) runs without {names}: only larger pictures need it"
                 self._say(f"{self._remark}.")
         if configs != self._in_place:
-            self._past += tuple(each for each in self._present() if each["calls"])
+            self._past += tuple(entry for entry in self._present() if entry[0]["calls"])
             self.close()
             self.handle = enable(self._pipe, configs) if configs else None
             self._in_place = configs
 
     def report(self) -> Report | None:
         """Of all stages so far; those with every method first, as theirs is the configuration it gives."""
-        denoisers = self._present() + self._past
-        return Report(denoisers) if denoisers else None
+        entries = self._present() + self._past
+        return Report(*zip(*entries, strict=True)) if entries else None
 
     def close(self) -> None:
         """Take the methods out."""
@@ -62,8 +65,10 @@ class StageMethods:
             disable(self._pipe)
             self.handle = None
 
-    def _present(self) -> tuple[dict[str, Any], ...]:
-        """What the report says of what is in place now, by denoiser."""
-        found = self.handle.report().denoisers if self.handle else ()
-        remarks = [self._remark] if self._remark else []
-        return tuple({**each, "remarks": [*each["remarks"], *remarks]} for each in found)
+    def _present(self) -> tuple[Entry, ...]:
+        """What the report says of what is in place now."""
+        if not self.handle:
+            return ()
+        report, remarks = self.handle.report(), [self._remark] if self._remark else []
+        denoisers = ({**each, "remarks": [*each["remarks"], *remarks]} for each in report.denoisers)
+        return tuple(zip(denoisers, report.details, strict=True))

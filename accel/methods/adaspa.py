@@ -78,7 +78,7 @@ class AdaSpa(Config):
             object.__setattr__(self, name, tuple(value) if isinstance(value, list | tuple) else (value,))
         if not _is_number(self.sparsity) or not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be at least 0 and below 1, got {self.sparsity!r}")
-        if len(self.block) != 2 or any(side not in _SIDES for side in self.block):
+        if len(self.block) != 2 or not all(_is_whole(side) and side in _SIDES for side in self.block):
             raise ValueError(f"block must be (query tokens, key tokens), each of {_SIDES}, got {self.block!r}")
         check_search_steps(self.search_steps)
         if not _is_number(self.recall_threshold) or not 0 <= self.recall_threshold <= 1:

@@ -83,25 +83,23 @@ def _attend_to_kept(
     for length in lengths[lengths > 0].unique().tolist():
         rows = (lengths == length).nonzero()[:, 0]
         count = -(-length // block[1])
-        if length == len(key):
-            attended = attend(
-                queries[rows].view(1, -1, key.shape[1]),
-                *(x.flatten(0, 1)[None, :length] for x in (keys, values)),
-                scale,
-            )
-            out[rows], lse[rows] = attended[0].view_as(out[rows]), attended[1].view_as(lse[rows])
-            continue
         lists = columns[starts[rows, None] + torch.arange(count)].to(query.device)
         rows = rows.to(query.device)
+        if length == len(key):  # nothing to gather
+            everything = (x.flatten(0, 1)[None, :length, None] for x in (keys, values))
+            of_rows = queries[rows].flatten(0, 1)[None, :, None]
+            attended, total = dense_attention(of_rows, *everything, kv_lengths=None, scale=scale)
+            out[rows], lse[rows] = attended.view(len(rows), *out.shape[1:]), total.view(len(rows), block[0])
+            continue
         step = _rows_at_once(keys, count)
         for some, chosen in zip(rows.split(step), lists.split(step), strict=True):
             gathered = (
                 x.index_select(0, chosen.flatten()).view(len(some), -1, key.shape[1])[:, :length]
                 for x in (keys, values)
             )
-            attended = attend(queries.index_select(0, some), *gathered, scale)
-            out.index_copy_(0, some, attended[0])
-            lse.index_copy_(0, some, attended[1])
+            attended, total = attend(queries.index_select(0, some), *gathered, scale=scale)
+            out.index_copy_(0, some, attended)
+            lse.index_copy_(0, some, total)
     return out.flatten(0, 1)[: len(query)], lse.flatten()[: len(query)]
 
 
@@ -118,12 +116,17 @@ def _rows_at_once(keys: Tensor, count: int) -> int:
     return max(1, most // (2 * count * keys[0].nbytes))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of `[R, Q, D]` to `[R, K, D]`, R times, and its log-sum-exp `[R, Q]`."""
     if query.device.type == "cpu":
         q, k, v = (x[:, None] for x in (query, key, value))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
         return out[:, 0], lse[:, 0]
+    return attend_by_products(query, key, value, scale=scale)
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+    """`attend` by products of matrices, with all scores in memory."""
     scores = torch.bmm(query, key.mT).mul_(scale)
     lse = scores.logsumexp(-1)
     return torch.bmm(scores.sub_(lse[..., None]).exp_(), value), lse

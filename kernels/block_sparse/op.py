@@ -115,7 +115,7 @@ def dense_attention_with_scores(
         lse_ref, block: as `lse` and `block` in `block_scores`.
 
     Returns:
-        The output `[B, S, H, D]` and the log-sum-exp `[B, H, S]` of `dense_attention`, and the scores of `block_scores`.
+        The output `[B, S, H, D]` and its log-sum-exp `[B, H, S]`, and the scores as `block_scores` gives them.
 
     Raises:
         ValueError: as `block_scores`.

@@ -216,10 +216,10 @@ def _checked(
             f"{query_blocks} blocks of {block_q} queries and {key_blocks} blocks of {block_k} keys "
             "cannot be of the same number of tokens"
         )
-    for name, number, stop in (("sparsity", sparsity, "below 1"), ("recall_threshold", recall_threshold, "at most 1")):
+    for name, number, end in (("sparsity", sparsity, "below 1"), ("recall_threshold", recall_threshold, "at most 1")):
         valid = isinstance(number, (int, float)) and not isinstance(number, bool) and 0 <= number <= 1
         if not valid or (number == 1 and name == "sparsity"):
-            raise ValueError(f"{name} must be a number from 0 and {stop}, got {number!r}")
+            raise ValueError(f"{name} must be a number from 0 and {end}, got {number!r}")
     spans = [int_pair("a range of text", span, minimum=0) for span in text]
     for start, stop in spans:
         if start > stop or stop > tokens:

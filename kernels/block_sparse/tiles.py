@@ -49,41 +49,35 @@ def attend(
     scores = None
     if block is not None:
         scores = query.new_zeros((batch, heads, -(-tokens // block[0]), -(-tokens // block[1])), dtype=dtype)
-    work = Tiles(query, block)
+    tiles = Tiles(query, block)
     seen, lengths = seen_and_lengths(kv_lengths, key)
     for sample, length in enumerate(lengths):
-        for some in (slice(first, first + work.heads) for first in range(0, heads, work.heads)):
-            q, k, v = (
-                None if x is None else heads_first(x[sample, :stop, some], dtype)
-                for x, stop in ((query, tokens), (key, length), (value, length))
-            )
-            if seen is not None:  # what is not seen may hold anything
-                k, v = (None if x is None else x.masked_fill_(~seen[sample, :, None], 0) for x in (k, v))
-            q *= scale * LOG2_E
-            for rows in (slice(start, min(start + work.rows, tokens)) for start in range(0, tokens, work.rows)):
-                part, total, sums = work.row(q[:, rows], k, v, None if seen is None else seen[sample])
-                lse[sample, some, rows] = total
-                if out is not None:
-                    out[sample, rows, some] = part.transpose(0, 1)
-                if scores is None:
-                    continue
-                weight = row_weights(total, None if reference is None else reference[sample, some, rows])
-                padding = torch.arange(rows.start, rows.stop, device=q.device) >= length
-                if seen is not None:
-                    padding = ~seen[sample, rows]
-                sums = (sums * weight[..., None]).masked_fill_(padding[:, None], 0)
-                sums = pad(sums, (0, 0, 0, -sums.shape[1] % block[0])).unflatten(1, (-1, block[0])).sum(2)
-                first = rows.start // block[0]
-                scores[sample, some, first : first + sums.shape[1], : sums.shape[2]] = sums
+        visible = None if seen is None else seen[sample]
+        counted = torch.arange(tokens, device=query.device) < length if visible is None else visible
+        for some in (slice(first, first + tiles.heads) for first in range(0, heads, tiles.heads)):
+            q = heads_first(query[sample, :, some], dtype).mul_(scale * LOG2_E)
+            k = heads_first(key[sample, :length, some], dtype)
+            v = None if value is None else heads_first(value[sample, :length, some], dtype)
+            if visible is not None:  # what is not seen may hold anything
+                for x in (k,) if v is None else (k, v):
+                    x.masked_fill_(~visible[:, None], 0)
+            for rows in (slice(start, min(start + tiles.rows, tokens)) for start in range(0, tokens, tiles.rows)):
+                attended, lse[sample, some, rows], shares = tiles.row(q[:, rows], k, v, visible)
+                if out is not None and attended is not None:
+                    out[sample, rows, some] = attended.transpose(0, 1)
+                if scores is not None and block is not None:
+                    if reference is not None:
+                        shares *= row_weights(lse[sample, some, rows], reference[sample, some, rows])[..., None]
+                    shares.masked_fill_(~counted[rows, None], 0)
+                    sums = pad(shares, (0, 0, 0, -shares.shape[1] % block[0])).unflatten(1, (-1, block[0])).sum(2)
+                    first_row = rows.start // block[0]
+                    scores[sample, some, first_row : first_row + sums.shape[1], : sums.shape[2]] = sums
     return out, lse, scores
 
 
-def row_weights(lse: Tensor, reference: Tensor | None) -> Tensor:
-    """How much a row counts in the scores: exp(lse - reference), 1 where there is no reference."""
-    if reference is None:
-        return torch.ones_like(lse)
-    weight = (lse - reference).clamp_(LOWEST, HIGHEST).exp_()
-    return torch.where(reference.isfinite(), weight, 1)
+def row_weights(lse: Tensor, reference: Tensor) -> Tensor:
+    """How much a row counts in the scores: exp(lse - reference), 1 where the reference is not finite."""
+    return torch.where(reference.isfinite(), (lse - reference).clamp_(LOWEST, HIGHEST).exp_(), 1)
 
 
 class Tiles:

@@ -94,10 +94,18 @@ def test_frames_rows_and_columns_are_told(grid: tuple[int, int, int]) -> None:
         coordinates((3, 4, 2), 1)[..., :-1],
         coordinates((3, 4, 2), 1)[:, [0, 2, 1]],
         coordinates((3, 4, 2), 1)[..., torch.randperm(24, generator=torch.Generator().manual_seed(0))],
+        torch.cat([torch.arange(24.0).view(1, 1, 24), coordinates((3, 4, 2), 1)[:, 1:]], dim=1),
         torch.cat([coordinates((3, 4, 2), 1), coordinates((3, 2, 2), 1)], dim=2),
         torch.cat([coordinates((3, 4, 2), 1), coordinates((2, 2, 2), 1)], dim=2),
     ],
-    ids=["one missing", "columns first", "shuffled", "smaller frames", "smaller frames, as many tokens"],
+    ids=[
+        "one missing",
+        "columns first",
+        "shuffled",
+        "a time for each token",
+        "smaller frames",
+        "smaller frames, as many tokens",
+    ],
 )
 def test_what_is_not_frames_is_refused(positions: torch.Tensor) -> None:
     with pytest.raises(NoGrid, match="positions of video_coords are not those of frames of one size, row by row"):

@@ -61,7 +61,12 @@ class Steps:
 
     @property
     def timesteps(self) -> list[float]:
-        return [1000 * (1 - i / self.count) for i in range(self.count)]
+        whole = 1000 if self.inputs[self._clock].max() > 1 else 1
+        return [whole * (1 - i / self.count) for i in range(self.count)]
+
+    @property
+    def _clock(self) -> str:
+        return "t" if "t" in self.inputs else "timestep"
 
     def of(self, model: nn.Module, handle: attnswap.Handle | None = None, *, until: int | None = None) -> list[Tensor]:
         """The predictions, those of all branches of a step together; `told` hears of each call before it is made."""
@@ -69,11 +74,10 @@ class Steps:
             handle.set_timesteps(self.timesteps)
         inputs = dict(self.inputs)
         latent = next(name for name in ("x", "hidden_states") if name in inputs)
-        clock = next(name for name in ("t", "timestep") if name in inputs)
         texts = list(self.texts) or [inputs.get("encoder_hidden_states")]
         found = []
         for step, timestep in enumerate(self.timesteps[:until], start=1):
-            inputs[clock] = torch.full_like(self.inputs[clock], timestep)
+            inputs[self._clock] = torch.full_like(self.inputs[self._clock], timestep)
             predictions = []
             for branch, text in enumerate(texts):
                 self.told(step, branch)
