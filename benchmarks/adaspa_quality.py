@@ -28,6 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..accel.methods.adaspa import AdaSpa, AdaSpaStrategy
+from ..accel.methods.adaspa_order import Arrangement
+from ..accel.report import Report
 from ..accel.swap import enabled
 from ..pipelines import load, presets
 from ..pipelines.emoji_reference import Reference, psnr
@@ -36,6 +38,7 @@ from ..training.distill_evaluate import ssim
 from ..training.emoji_video_clips import clip_caption, sample_asks
 from .chart import line_chart
 from .high_resolution import write_page
+from .structured import positions
 
 DENSE = "dense"
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -45,7 +48,8 @@ SCHEDULES: dict[str, tuple[float, ...]] = {
     "first only": (0.2,),
     "every tenth of the run": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
 }
-#: How much nearer in time than in space a static mask looks: tokens of a window in both, or those of like frames first.
+#: Masks that do not look at the clip, and what a clip's length counts for in them where its sides count for 1: a window
+#: in time and space alike, or one that reaches far within a frame.
 STATIC = {"window": 1.0, "near frames": 4.0}
 SHOWN = 6
 
@@ -93,33 +97,59 @@ def variants(block: tuple[int, int], reorder: str = "none") -> list[Variant]:
     return found
 
 
-def nearness(grid: Sequence[int], tokens: int, block: Sequence[int], frames_weigh: float) -> Tensor:
-    """`[nQ, nK]`, larger for blocks whose tokens are nearer to each other: the box that holds half of their pairs."""
-    sides = torch.tensor(grid, dtype=torch.float32)
-    places = torch.stack(torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij"), -1).flatten(0, -2)
-    places = places / sides * torch.tensor([frames_weigh, 1.0, 1.0])
+def nearness(places: Tensor, block: Sequence[int]) -> Tensor:
+    """`[nQ, nK]`, larger for blocks whose tokens are nearer to each other: the box that holds half of their pairs.
+
+    Args:
+        places: `[S, 3]` of the tokens, in the order in which the kernels have them.
+        block: (queries, keys).
+    """
     apart = (places[:, None] - places[None]).abs().amax(-1)
-    if len(apart) != tokens:
-        raise ValueError(f"a static mask is for clips alone, and {tokens} tokens are not the {len(apart)} of the grid")
     rows = [part.split(block[1], dim=1) for part in apart.split(block[0])]
     return torch.stack([torch.stack([-tile.median() for tile in row]) for row in rows])
 
 
+def places_of(arrangement: Arrangement, frames_weigh: float) -> Tensor:
+    """`[S, 3]`, where in a clip its tokens are, as arranged: frame, row and column from 0 to 1, the first weighed.
+
+    Raises:
+        ValueError: there are other tokens than the clip's.
+    """
+    place = arrangement.place
+    if place.around or len(place.grid) != 3:
+        raise ValueError(
+            f"a static mask is for the tokens of clips alone, not for {place.tokens} of which {place.around} are others"
+        )
+    frames, height, width = place.grid
+    places = positions((frames, height, width)) * torch.tensor([frames_weigh, 1.0, 1.0])
+    return arrangement.arrange(places[None, :, None])[0, :, 0]
+
+
 @contextmanager
-def looking_nowhere(frames_weigh: float) -> Iterator[list[float]]:
-    """AdaSpa with masks of near blocks in place of those it has searched; gives the share of attention they keep."""
-    kept: list[float] = []
+def looking_nowhere(frames_weigh: float) -> Iterator[None]:
+    """AdaSpa with masks of near blocks in place of those it has searched. The shares of attention that a report says
+    they keep are of the scores, as those of AdaSpa's own masks are."""
     keep = AdaSpaStrategy._keep
 
-    def keep_near(self: Any, scores: Tensor, lse: Tensor, reference: Tensor | None, layout: Any, *rest: Any) -> None:
-        near = nearness(layout.grid, layout.place.tokens, self.config.block, frames_weigh)
+    def keep_near(
+        self: AdaSpaStrategy,
+        query: Tensor,
+        key: Tensor,
+        scores: Tensor,
+        lse: Tensor,
+        reference: Tensor | None,
+        layout: Any,
+        arrangement: Arrangement,
+    ) -> None:
+        near = nearness(places_of(arrangement, frames_weigh), self.config.block)
         # Scores are shares of attention: none is negative.
-        keep(self, (near - near.min() + 1).expand_as(scores).contiguous(), lse, reference, layout, *rest)
-        mask = layout.plan.state.mask.to_dense()
-        kept.append(float((scores * mask).sum() / scores.sum()))
+        instead = (near - near.min() + 1).expand_as(scores).contiguous()
+        keep(self, query, key, instead, lse, reference, layout, arrangement)
+        state = layout.plan.state
+        state.kept = (scores * state.mask.to_dense()).sum((-2, -1)) / scores.sum((-2, -1))
 
     with mock.patch.object(AdaSpaStrategy, "_keep", keep_near):
-        yield kept
+        yield
 
 
 class Model:
@@ -143,14 +173,14 @@ class Model:
 
     def make(self, variant: Variant, prompt: str, seed: int, dense: np.ndarray | None, into: Made) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed)
-        static = looking_nowhere(STATIC[variant.static]) if variant.static else nullcontext(None)
-        method = enabled(self.pipe, variant.config) if variant.config else nullcontext(None)
-        with static as kept, method as handle:
+        static = looking_nowhere(STATIC[variant.static]) if variant.static else nullcontext()
+        method = enabled(self.pipe, variant.config) if variant.config else nullcontext()
+        with static, method as handle:
             began = time.perf_counter()
             clip: np.ndarray = self.pipe(prompt, generator=generator, output_type="np", **self.arguments).frames[0]
             into.seconds.append(time.perf_counter() - began)
         if handle is not None:
-            self._note(handle.report(), kept, into)
+            self._note(handle.report(), into)
         if dense is not None:
             into.psnr.append(psnr(clip, dense))
             into.ssim.append(ssim(clip, dense))
@@ -158,15 +188,13 @@ class Model:
         return clip
 
     @staticmethod
-    def _note(report: Any, kept: list[float] | None, into: Made) -> None:
+    def _note(report: Report, into: Made) -> None:
         layers = [layer for denoiser in report.denoisers for layer in denoiser["layers"] if layer["accelerated"]]
-        shares = [
-            share for layer in layers for branch in layer["branches"] for item in branch["kept"] for share in item
-        ]
+        kept = [share for layer in layers for branch in layer["branches"] for item in branch["kept"] for share in item]
         into.density.append(report.density)
         into.sparse_density.append(statistics.fmean(layer["density_accelerated"] for layer in layers))
-        into.kept.append(statistics.fmean(kept or shares))
-        into.lowest.append(min(kept or shares))
+        into.kept.append(statistics.fmean(kept))
+        into.lowest.append(min(kept))
 
 
 def measure(
@@ -226,8 +254,8 @@ def page_section(result: Mapping[str, Any], images: str) -> str:
         f"{block[1]} tokens, prompts: {len(result['prompts'])}; CPU, threads {result['threads']}, torch "
         f"{result['versions']['torch']}. PSNR and SSIM are means over clips with the same seed as dense attention's. "
         "*Density* is the share of query-key pairs computed in the whole run; *after warm-up* that in the steps that "
-        "are sparse. *Recall* is the share of the attention that the kept blocks held when they were searched, in the "
-        "mean and in the worst head of all prompts.",
+        "are sparse. *Recall* is the share of the attention that the kept blocks held at the last search, in the mean "
+        "and in the worst head of all prompts. *Window* and *near frames* are masks that do not look at the clip.",
         "",
         "| mask | density | after warm-up | recall | lowest | PSNR | SSIM |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -51,7 +51,12 @@ def dense_sdpa(device: torch.device) -> tuple[Contender, ...]:
     )
 
 
-def flex_attention(inputs: Inputs, mask_mod: MaskMod, block_mask: BlockMask | None = None) -> Prepared:
+def flex_attention(
+    inputs: Inputs,
+    mask_mod: MaskMod | None,
+    block_mask: BlockMask | None = None,
+    kernel_options: dict[str, Any] | None = None,
+) -> Prepared:
     """Compiled FlexAttention over the tokens in their own order; compiling and the block mask are not timed.
 
     `block_mask` is made from `mask_mod` where it is None, which looks at every pair of tokens.
@@ -66,6 +71,6 @@ def flex_attention(inputs: Inputs, mask_mod: MaskMod, block_mask: BlockMask | No
         queries, keys = query.shape[2], key.shape[2]
         block_mask = create_block_mask(mask_mod, B=None, H=None, Q_LEN=queries, KV_LEN=keys, device=query.device)
     return Prepared(
-        call=lambda: compiled(query, key, value, block_mask=block_mask),
+        call=lambda: compiled(query, key, value, block_mask=block_mask, kernel_options=kernel_options),
         restore=lambda output: output.transpose(1, 2),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch.nn.functional import elu
@@ -12,7 +11,8 @@ from torch.nn.functional import elu
 from .. import kernels
 from ..kernels.dispatch import get_op
 from .baselines import dense_sdpa
-from .registry import Benchmark, Case, Check, Contender, Cost, Inputs, Prepared, Scale, Unavailable
+from .ours import prepared
+from .registry import Benchmark, Case, Check, Contender, Cost, Inputs, Prepared, Scale
 
 NAME = "linear_attention"
 EPS = 1e-4
@@ -117,16 +117,7 @@ def _published(case: Case, inputs: Inputs) -> Prepared:
 
 
 def _ours(backend: str, case: Case, inputs: Inputs) -> Prepared:
-    with kernels.use_backend("auto"):
-        considered = kernels.explain(NAME, **inputs).considered
-    verdict = next(entry for entry in considered if entry.backend == backend)
-    if not verdict.can:
-        raise Unavailable(verdict.reason)
-    return Prepared(call=lambda: _call(inputs), around=lambda: kernels.use_backend(backend))
-
-
-def _call(inputs: Inputs) -> Any:
-    return kernels.linear_attention(**inputs, eps=EPS)
+    return prepared(NAME, backend, {**inputs, "eps": EPS})
 
 
 BENCHMARK = Benchmark(NAME, CASES, make_inputs, contenders, cost, check, memory=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,8 +16,10 @@ from ..kernels.local_attention.counts import KEY_TILE, QUERY_TILE, executed_pair
 from .baselines import dense_sdpa, flex_attention, heads_first
 from .flex_blocks import Tokens, blocks_of
 from .growth import exponent
-from .registry import Benchmark, Case, Check, Contender, Cost, Inputs, Prepared, Scale, Unavailable
+from .ours import prepared
+from .registry import Benchmark, Case, Check, Contender, Cost, Inputs, Prepared, Scale
 from .result import Record, Target
+from .targets import target
 
 NAME = "local_attention"
 TEXT = 512
@@ -198,13 +200,7 @@ def _arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
 
 
 def _ours(backend: str, case: Case, inputs: Inputs) -> Prepared:
-    arguments = _arguments(case, inputs)
-    with kernels.use_backend("auto"):
-        considered = kernels.explain(NAME, **arguments).considered
-    verdict = next(entry for entry in considered if entry.backend == backend)
-    if not verdict.can:
-        raise Unavailable(verdict.reason)
-    return Prepared(call=lambda: kernels.local_attention(**arguments), around=lambda: kernels.use_backend(backend))
+    return prepared(NAME, backend, _arguments(case, inputs))
 
 
 def _flex(case: Case, inputs: Inputs) -> Prepared:
@@ -231,7 +227,8 @@ TOLERATED = 0.10
 REACHED = 0.6
 LINEAR = 1.1
 H200_MS = 26.0
-MOST_SHOWN = 4
+
+_target = partial(target, NAME)
 
 
 def targets(records: Sequence[Record], device: Mapping[str, Any]) -> list[Target]:
@@ -299,18 +296,12 @@ def _faster(aim: str, role: str, sizes: Iterable[Case], records: Sequence[Record
             found[record.case] = speedup
         if speedup or any(m.role == role and m.extrapolated_ms for m in record.measurements):
             timed.add(_size(record))
-    target = _target(aim, found, "{:.2f}x", lambda speedup: speedup > 1)
-    return replace(target, met=None) if target.met and timed != wanted else target
+    ahead = _target(aim, found, "{:.2f}x", lambda speedup: speedup > 1)
+    return replace(ahead, met=None) if ahead.met and timed != wanted else ahead
 
 
 def _size(of: Case | Record) -> tuple[int, ...]:
     return *of.shape["grid"], of.shape["radius"]
-
-
-def _target(aim: str, found: Mapping[str, float], form: str, enough: Callable[[float], bool]) -> Target:
-    shown = [f"{form.format(value)} ({where})" for where, value in sorted(found.items(), key=lambda item: item[1])]
-    text = ", ".join(shown) if len(shown) <= MOST_SHOWN else f"{shown[0]} to {shown[-1]}, cases: {len(shown)}"
-    return Target(NAME, aim, text or "not measured", all(map(enough, found.values())) if found else None)
 
 
 def _memory_exponents(records: Sequence[Record]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
@@ -127,14 +128,14 @@ def _poison(inputs: Inputs) -> None:
             torch.full_like(tensor, torch.nan)
 
 
-def _error(output: torch.Tensor, check: Check) -> tuple[float, float]:
+def _error(output: Any, check: Check) -> tuple[float, float]:
     exact = check.exact.double()
     scale = exact.norm()
 
     def relative(tensor: torch.Tensor) -> float:
         return float((tensor.double() - exact).norm() / scale)
 
-    limit = max(ERROR_FACTOR * relative(check.yardstick), torch.finfo(output.dtype).eps)
+    limit = max(ERROR_FACTOR * relative(check.yardstick), torch.finfo(check.yardstick.dtype).eps)
     return relative(check.sample(output)), limit
 
 

@@ -71,12 +71,13 @@ class Unavailable(Exception):
 class Prepared:
     """A contender ready to be timed: only `call` is; `around` is entered outside the timed region at every call.
 
-    `restore` brings what `call` returned into the layout of the op's own output, for the check. `density` is the share
-    of dense attention's query-key pairs that the latest call computed, where it is known.
+    `restore` brings what `call` returned into the form that the check takes: the op's own output, in its layout, or all
+    of its outputs that are checked. `density` is the share of dense attention's query-key pairs that the latest call
+    computed, where it is known.
     """
 
     call: Callable[[], Any]
-    restore: Callable[[Any], torch.Tensor] = field(default=lambda output: output)
+    restore: Callable[[Any], Any] = field(default=lambda output: output)
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
     density: Callable[[], float] | None = None
 
@@ -103,7 +104,7 @@ class Check:
 
     exact: torch.Tensor
     yardstick: torch.Tensor
-    sample: Callable[[torch.Tensor], torch.Tensor]
+    sample: Callable[[Any], torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from .. import kernels
 from ..kernels.dispatch import get_op
 from .baselines import SDPA_BACKENDS, dense_sdpa, flex_attention, heads_first
-from .registry import Benchmark, Case, Check, Contender, Cost, Inputs, Prepared, Unavailable
+from .ours import prepared
+from .registry import Benchmark, Case, Check, Contender, Cost, Inputs, Prepared
 
 NAME = "window_attention"
 FP32, FP16, BF16 = (torch.float32,), (torch.float16,), (torch.bfloat16,)
@@ -114,15 +115,7 @@ def _geometry(case: Case) -> dict[str, Any]:
 
 
 def _ours(backend: str, case: Case, inputs: Inputs) -> Prepared:
-    with kernels.use_backend("auto"):
-        considered = kernels.explain(NAME, **inputs, **_geometry(case)).considered
-    verdict = next(entry for entry in considered if entry.backend == backend)
-    if not verdict.can:
-        raise Unavailable(verdict.reason)
-    return Prepared(
-        call=lambda: kernels.window_attention(**inputs, **_geometry(case)),
-        around=lambda: kernels.use_backend(backend),
-    )
+    return prepared(NAME, backend, {**inputs, **_geometry(case)})
 
 
 def _sdpa_on_windows(backend: SDPBackend, case: Case, inputs: Inputs) -> Prepared:

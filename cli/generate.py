@@ -29,9 +29,9 @@ def add(commands: Any) -> None:
         "generate",
         usage="attnswap generate PROMPT [options]",
         help="make one picture or clip from a prompt",
-        description="Make one picture or clip from a prompt. What is not given comes from the model's preset.",
+        description="Make one picture or clip from a prompt. The rest is as in the model's preset.",
         epilog='e.g. attnswap generate "a fox" --width 256 --height 256 --method hidiffusion\n'
-        '     attnswap generate "a fox moving left" -m emoji-video --frames 161 --method adaspa',
+        '     attnswap generate "a fox moving left" -m emoji-video --frames 65 -o fox.mp4',
         formatter_class=Listing,
     )
     parser.add_argument(
@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the method; again for more"
     )
 
-    picture = parser.add_argument_group("picture")
+    picture = parser.add_argument_group("picture or clip")
     picture.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to show")
     picture.add_argument("--width", type=int, metavar="PX")
     picture.add_argument("--height", type=int, metavar="PX")
@@ -71,18 +71,16 @@ def add(commands: Any) -> None:
     picture.add_argument("--true-cfg", type=float, metavar="X", help="guidance by --negative, beside FLUX's own")
     picture.add_argument("--negative", metavar="PROMPT", help="what not to show")
     picture.add_argument("--seed", type=int, metavar="N", help="same seed, same picture (default: 0)")
-
-    clip = parser.add_argument_group("clip, of a model that makes them")
-    clip.add_argument("--frames", type=int, metavar="N")
-    clip.add_argument("--fps", metavar="RATE", help="frames a second, such as 16, 23.976 or 24000/1001")
-    clip.add_argument("--frames-dir", metavar="DIR", help="lossless PNG frames there; alone, or beside -o")
-    clip.add_argument("--window", type=int, metavar="N", help="--route windows: frames at a time (default: native)")
-    clip.add_argument("--overlap", type=int, metavar="N", help="shared by two windows (default: about half)")
+    picture.add_argument("--frames", type=int, metavar="N", help="of a clip")
+    picture.add_argument("--fps", metavar="RATE", help="frames a second, such as 16, 23.976 or 24000/1001")
+    picture.add_argument("--frames-dir", metavar="DIR", help="a clip's frames as PNGs there; alone, or beside -o")
 
     routes = "\n".join(f"{name:16} {what}" for name, what in ROUTES.items())
     route = parser.add_argument_group("above the native size or length, by one of these routes", routes)
     route.add_argument("--route", choices=ROUTES, metavar="ROUTE", help="one of the above (default: direct)")
     route.add_argument("--strengths", type=numbers, metavar="X[,X]", help="one a stage above the base, 0 to 1")
+    route.add_argument("--window", type=int, metavar="N", help="frames in a window (default: native)")
+    route.add_argument("--overlap", type=int, metavar="N", help="frames two windows share (default: about half)")
     route.add_argument("--keep-stages", action="store_true", help="keep the pictures of the stages, too")
     parser.set_defaults(run=run)
 
@@ -131,11 +129,12 @@ def _job(options: argparse.Namespace) -> Job:
     fields = again(record, changes) if record else changes
     if "prompt" not in fields:
         raise BadInput("no PROMPT given, and no --from FILE to take it from.")
-    files = {
-        "output": Path(options.output) if options.output else None,
-        "frames_dir": Path(options.frames_dir) if options.frames_dir else None,
-    }
-    return Job(**fields, **files, keep_stages=options.keep_stages)
+    return Job(
+        **fields,
+        output=Path(options.output) if options.output else None,
+        frames_dir=Path(options.frames_dir) if options.frames_dir else None,
+        keep_stages=options.keep_stages,
+    )
 
 
 def _summary(result: Result) -> str:

@@ -77,7 +77,7 @@ def native_frames(pipe: Any) -> int | None:
 def native_size(pipe: Any) -> tuple[int, int] | None:
     """Width and height in pixels where none are asked for, as the pipeline has it."""
     accepted, config = inspect.signature(pipe.__call__).parameters, _denoiser(pipe).config
-    sides = []
+    sides: list[Any] = []
     for name in ("width", "height"):
         side = accepted[name].default or getattr(pipe, f"default_{name}", None)
         if not side and getattr(config, f"sample_{name}", None):

@@ -102,7 +102,13 @@ def explain(op: str, device: torch.device) -> Any:
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     tensor = torch.empty(1, dtype=dtype, device=device).expand(TYPICAL_SHAPE)
     takes = inspect.signature(getattr(kernels, op)).parameters
-    return kernels.explain(op, tensor, tensor, tensor, **{name: TYPICAL[name] for name in TYPICAL if name in takes})
+    others = {name: TYPICAL[name] for name in TYPICAL if name in takes}
+    if "mask" in takes:
+        batch, tokens, heads, _ = TYPICAL_SHAPE
+        blocks = -(-tokens // 64)
+        kept = torch.ones((batch, heads, blocks, blocks), dtype=torch.bool, device=device)
+        others["mask"] = kernels.BlockMask.from_dense(kept)
+    return kernels.explain(op, tensor, tensor, tensor, **others)
 
 
 def _bundled() -> list[str]:

@@ -28,7 +28,7 @@ Ask = tuple[int, str, str]  # subject, motion, colour
 
 
 def clip_caption(subject: str, motion: str, colour: str) -> str:
-    """"a fox moving left on a green background"."""
+    """ "a fox moving left on a green background"."""
     plain, coloured = caption(subject), caption(subject, colour)
     return f"{plain} {motion}{coloured.removeprefix(plain)}"
 

@@ -38,7 +38,9 @@ class Clips:
         ]
 
     def draw(self, count: int) -> torch.Tensor:
-        return torch.from_numpy(np.stack([self.one() for _ in range(count)])).permute(0, 4, 1, 2, 3).contiguous() * 2 - 1
+        return (
+            torch.from_numpy(np.stack([self.one() for _ in range(count)])).permute(0, 4, 1, 2, 3).contiguous() * 2 - 1
+        )
 
     def one(self) -> np.ndarray:
         start = int(self.random.integers((FRAMES - SEEN) // models.PAIR + 1)) * models.PAIR

@@ -1,4 +1,4 @@
-"""Writes a trained `emoji-video` as the folder that ships: stock layout, fp16 safetensors, reference sprites, preset."""
+"""Writes a trained `emoji-video` as the folder that ships: stock layout, fp16 safetensors, sprites, preset."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Judges clips of emoji: is it the asked subject, on the asked colour, and does it move as asked?
 
-What is measured is seen in the clip alone: the subject is what differs from the colour at its border, a direction is where
-its centroid goes, growth is a larger area, a turn is the angle by which the first frame best covers a later one.
+Motion is seen in the clip alone: the subject is what differs from the colour at the border, a direction is where its
+centroid goes, growth is a larger area, a turn is the angle by which the first frame best covers a later one.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Shelf:
     def rank(self, clip: np.ndarray, subject: int, colour: tuple[int, int, int]) -> int:
         """Where the asked subject stands among all, 0 = nearest, on the asked colour.
 
-        The distance is the mean squared error over the five frames, each with the subject shifted to where it fits best.
+        The distance is the mean squared error over the five frames, the subject shifted in each to where it fits best.
         """
         behind = np.array(colour, np.float32) / 255
         seen = np.fft.rfft2(clip[self.looks] - behind, axes=(1, 2))

@@ -1,7 +1,7 @@
 """Builds the parts of `emoji-video`: video autoencoder, UMT5 encoder, Wan transformer, scheduler, pipeline.
 
-All are stock Diffusers and Transformers classes; the tokenizer is made as for `emoji-flux`. The autoencoder's encoder is
-not trained: it is the principal component analysis (PCA) of 8×8 patches, over pairs of frames, written into
+All are stock Diffusers and Transformers classes; the tokenizer is made as for `emoji-flux`. The autoencoder's encoder
+is not trained: it is the principal component analysis (PCA) of 8×8 patches, over pairs of frames, written into
 `AutoencoderKLWan`'s convolutions, so latents exist at once.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .emoji_flux_models import TEXT_LENGTH, TEXT_WIDTH
+from .emoji_flux_models import TEXT_WIDTH
 
 PATCH = 8  # pixels a side of a latent position
 FOLD = 4  # the autoencoder's own `patch_size`: its first layer sees 4×4 pixels as channels
@@ -68,7 +68,7 @@ class Covariances:
     def components(self) -> Components:
         """Half whitened channels (divided by the square root of their deviation), with a mean square of 1 over all.
 
-        So the coarse channels, which decide what is seen, stay the loudest in the diffusion loss, the fine ones audible.
+        So the coarse channels, which decide what is seen, are loudest in the diffusion loss, the fine ones audible.
         """
         mean = self.sum / self.count
         values, vectors = torch.linalg.eigh(self.still / self.count - mean.outer(mean))
@@ -196,7 +196,10 @@ def embed(text_encoder, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def build_transformer(heads: int = 3, layers: int = 6, text_width: int = TEXT_WIDTH):
-    """`WanTransformer3DModel` on single latents; 64 channels a head. It starts by predicting zero, with heads that see neighbours."""
+    """`WanTransformer3DModel` on single latents; 64 channels a head.
+
+    It starts by predicting zero, and with heads that look at neighbours.
+    """
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -239,7 +242,7 @@ def look_around(transformer, neighbours: dict[tuple[int, int], tuple[int, int, i
     """Make heads start as looks at a neighbour, which the rotary positions can express by query and key biases alone.
 
     Without it a transformer that knows places only relative to each other takes most of a short training to find such
-    heads. A query bias (b, 0) and a key bias b·(cos φ, sin φ), turned by θ per place, give the logit b² cos(θ·distance + φ).
+    heads. A query bias (b, 0) and a key bias b·(cos φ, sin φ), turned by θ a place, give b²·cos(θ·distance + φ).
     """
     rope = transformer.rope
     starts = (0, rope.t_dim, rope.t_dim + rope.h_dim)
@@ -319,5 +322,3 @@ def build_pipeline(transformer, text_encoder, tokenizer, autoencoder):
         scheduler=build_scheduler(),
         transformer=transformer,
     )
-
-

@@ -5,10 +5,10 @@
     python -m attnswap.training.train_emoji_video export   --work DIR --out FOLDER
     python -m attnswap.training.train_emoji_video evaluate --out FOLDER
 
-Transformer and text encoder are trained as one, by rectified flow (arXiv 2209.03003), in three stages that see ever more
-latents: three frames at half the native side, three frames at the native one, whole clips. The latents of the first two
-are spread over the grid of the last by their rotary positions. The autoencoder's encoder is a closed form, so its decoder
-can be trained before, beside or after.
+Transformer and text encoder are trained as one, by rectified flow (arXiv 2209.03003), in four stages that see ever
+more latents: three frames at half the native side, three at the native one, five in a row, whole clips. Rotary
+positions place the latents of all stages in the grid of the last. The autoencoder's encoder is a closed form, so its
+decoder can be trained before, beside or after.
 
 Needs the font, the package `emoji` and, for `torch.optim.Muon`, torch 2.9; evaluation needs none of them.
 """
@@ -21,6 +21,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,21 +48,36 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run: until which progress, pixels a side, latent frames and clips a step."""
+    """A part of the run.
+
+    Attributes:
+        until: Progress at which it ends.
+        side: Pixels.
+        frames: Latent frames of a clip, anywhere in it or in one piece.
+        batch: Clips a step.
+    """
 
     name: str
     until: float
     side: int
     frames: int
     batch: int
+    in_one_piece: bool = True
+
+    def choose_frames(self) -> torch.Tensor:
+        """Which latent frames a step sees."""
+        if self.in_one_piece:
+            return torch.arange(self.frames) + torch.randint(LATENT_FRAMES - self.frames + 1, ())
+        return torch.randperm(LATENT_FRAMES)[: self.frames].sort().values
 
 
-def stages(shares: tuple[float, float], batch: int) -> tuple[Stage, ...]:
-    """`shares` of the run go to the first two stages; `batch` whole clips a step in the last."""
-    first, second = shares
+def stages(shares: tuple[float, float, float], batch: int) -> tuple[Stage, ...]:
+    """`shares` of the run go to the first three stages; `batch` whole clips a step in the last."""
+    first, second, third = np.cumsum(shares).tolist()
     return (
-        Stage("half", first, NATIVE // 2, 3, 5 * batch),
-        Stage("part", first + second, NATIVE, 3, 2 * batch),
+        Stage("half", first, NATIVE // 2, 3, 5 * batch, in_one_piece=False),
+        Stage("part", second, NATIVE, 3, 2 * batch, in_one_piece=False),
+        Stage("piece", third, NATIVE, 5, batch),
         Stage("whole", 1.0, NATIVE, LATENT_FRAMES, batch),
     )
 
@@ -166,7 +182,7 @@ class Denoiser(nn.Module):
 def loss_of_batch(model: Denoiser, data: Data, stage: Stage, bias: float, dtype: torch.dtype) -> torch.Tensor:
     """Squared error of the predicted velocity on random clips, noise levels and noise; some captions dropped."""
     chosen = torch.randint(len(data.tokens), (stage.batch,))
-    frames = torch.randperm(LATENT_FRAMES)[: stage.frames].sort().values
+    frames = stage.choose_frames()
     clean = data.clips[stage.side].draw(chosen, frames)
     noise = torch.randn_like(clean)
     sigmas = (draw_timesteps(stage.batch, TIMESTEPS, bias, "cpu") + 1) / TIMESTEPS
@@ -208,7 +224,7 @@ def train(arguments: argparse.Namespace) -> None:
     optimizer = MuonAndAdamW(model)
     checkpoint = work / "transformer.safetensors"
     plan = stages(tuple(arguments.shares), arguments.batch)
-    facts = {"step": 0, "seconds": 0.0, "clips": dict.fromkeys((stage.name for stage in plan), 0)}
+    facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "clips": dict.fromkeys((stage.name for stage in plan), 0)}
     if checkpoint.exists():
         facts = load_checkpoint(checkpoint, model, average, optimizer)
         torch.manual_seed(arguments.seed + facts["step"])
@@ -229,7 +245,7 @@ def train(arguments: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(facts["step"], progress)
         stage = next(stage for stage in plan if progress < stage.until)
-        loss = loss_of_batch(model, data, stage, arguments.bias + (1 - arguments.bias) * progress, dtype)
+        loss = loss_of_batch(model, data, stage, arguments.bias, dtype)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRADIENT, foreach=True)
         optimizer.step()
@@ -292,11 +308,13 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("train", parents=[common], help="train transformer and text encoder")
     run.add_argument("--steps", type=int)
     run.add_argument("--minutes", type=float, help="length of the run, earlier parts of a resumed one included")
-    run.add_argument("--shares", type=float, nargs=2, default=(0.25, 0.4), help="parts of the run in stages 1 and 2")
+    run.add_argument(
+        "--shares", type=float, nargs=3, default=(0.15, 0.4, 0.2), help="parts of the run in stages 1, 2, 3"
+    )
     run.add_argument("--batch", type=int, default=6, help="whole clips a step; five and two times as many before")
     run.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     run.add_argument("--warm-up", type=int, default=50, help="steps")
-    run.add_argument("--bias", type=float, default=0.5, help="noise levels are uniform ** bias; rises to 1 by the end")
+    run.add_argument("--bias", type=float, default=0.35, help="noise levels are uniform ** bias")
     run.add_argument("--average", type=float, default=0.99, help="decay of the weight average")
     run.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     run.add_argument("--seed", type=int, default=0)

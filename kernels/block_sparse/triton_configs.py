@@ -41,13 +41,13 @@ SEARCH = {
     "gfx942": {(2, 64): Config(128, 64, 8, 2), (2, 128): Config(128, 64, 8, 2)} | FP32,
 }
 # An output and two sums.
-FUSED_FP32 = FP32 | {(4, 128): Config(16, 16, 4, 1)}
+FP32_AND_SUMS = {(4, 64): Config(32, 16, 8, 1), (4, 128): Config(16, 16, 4, 1)}
 FUSED = {
-    "sm_80": {(2, 64): TALL, (2, 128): SLIM} | FUSED_FP32,
-    "sm_90": {(2, 64): TALL, (2, 128): TALL} | FUSED_FP32,
-    "sm_100": {(2, 64): TALL, (2, 128): TALL} | FUSED_FP32,
-    "sm_120": {(2, 64): TALL, (2, 128): SLIM} | FUSED_FP32,
-    "gfx942": {(2, 64): Config(128, 64, 8, 2), (2, 128): Config(128, 64, 8, 2)} | FUSED_FP32,
+    "sm_80": {(2, 64): TALL, (2, 128): SLIM} | FP32_AND_SUMS,
+    "sm_90": {(2, 64): TALL, (2, 128): TALL} | FP32,
+    "sm_100": {(2, 64): TALL, (2, 128): TALL} | FP32_AND_SUMS,
+    "sm_120": {(2, 64): TALL, (2, 128): SLIM} | FP32,
+    "gfx942": {(2, 64): Config(128, 64, 8, 2), (2, 128): Config(128, 64, 8, 2)} | FP32,
 }
 
 

@@ -7,8 +7,8 @@ noise of later windows is that of the first in another order, so that all of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -89,9 +89,9 @@ class _Windowed:
     on, so that no state passes from one to another.
     """
 
-    def __init__(self, denoiser: nn.Module, window: int, overlap: int) -> None:
+    def __init__(self, denoiser: Any, window: int, overlap: int) -> None:
         self._denoiser, self._window, self._overlap = denoiser, window, overlap
-        self._cache_context = denoiser.cache_context
+        self._cache_context: Callable[..., AbstractContextManager[None]] = denoiser.cache_context
         self._name, self._where = "", dict[str, Any]()
         self._depth = 0
         self._sum: torch.Tensor | None = None

@@ -9,7 +9,9 @@ from attnswap.benchmarks.registry import Registry
 
 
 def test_every_operation_of_the_package_has_a_benchmark():
-    assert set(kernels.ops()) <= set(default_registry().names())
+    names = default_registry().names()
+    # One may go over several operations of a family, and has its name then.
+    assert [op for op in kernels.ops() if not op.startswith(names)] == []
 
 
 @pytest.mark.parametrize("benchmark", default_registry().select(None), ids=lambda benchmark: benchmark.name)

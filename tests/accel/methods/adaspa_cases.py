@@ -147,13 +147,21 @@ class ByDefinition(TorchFunctionMode):
         search_at: steps of searches, counted from 1.
         layers: how many layers over the grid a call goes through.
         one_pass: the first search goes by the log-sum-exp of the step before.
+        ranks: heads are shared out among so many, and ranked by each for itself.
     """
 
     def __init__(
-        self, config: AdaSpa, place: Place, search_at: Sequence[int], layers: int, *, one_pass: bool = False
+        self,
+        config: AdaSpa,
+        place: Place,
+        search_at: Sequence[int],
+        layers: int,
+        *,
+        one_pass: bool = False,
+        ranks: int = 1,
     ) -> None:
         super().__init__()
-        self.one_pass = one_pass
+        self.one_pass, self.ranks = one_pass, ranks
         self.config, self.place, self.search_at, self.layers = config, place, search_at, layers
         #: By branch and number of the layer.
         self.memory: dict[tuple[int, int], Memory] = {}
@@ -241,13 +249,13 @@ class ByDefinition(TorchFunctionMode):
         heads, base = range(len(logits)), self.config.sparsity
         recalls = [recall(head, keep(head, base)) for head in heads]
         level = [0] * len(heads)
-        if self.config.head_adaptive:
-            easy = sum(value > self.config.recall_threshold for value in recalls)
-            many = min(easy, len(heads) // 2)
-            ranking = sorted(heads, key=lambda head: (-recalls[head], head))
+        for group in torch.arange(len(heads)).tensor_split(self.ranks) if self.config.head_adaptive else ():
+            easy = sum(recalls[head] > self.config.recall_threshold for head in group.tolist())
+            many = min(easy, len(group) // 2)
+            ranking = sorted(group.tolist(), key=lambda head: (-recalls[head], head))
             for head in ranking[:many]:
                 level[head] = 1
-            for head in ranking[len(heads) - many :]:
+            for head in ranking[len(group) - many :]:
                 level[head] = -1
         lower = max(0.0, (3 * base - 1) / 2)
         sparsities = {-1: lower, 0: base, 1: 2 * base - lower}

@@ -72,7 +72,7 @@ def test_there_and_back_through_json(config: AdaSpa) -> None:
 
 
 def test_a_misspelt_setting_is_refused_with_the_right_one() -> None:
-    with pytest.raises(ValueError, match="adaspa has no setting 'sparsty'; did you mean sparsity?"):
+    with pytest.raises(ValueError, match=r"adaspa has no setting 'sparsty'; did you mean sparsity\?"):
         AdaSpa.from_dict({"sparsty": 0.5})
 
 
@@ -84,9 +84,7 @@ def test_the_name_stands_for_the_default() -> None:
 
 
 def test_dense_layers_beyond_the_model_are_refused_with_its_number() -> None:
-    with pytest.raises(
-        ValueError, match="names 4, 9, but FluxTransformer2DModel has 4 self-attention layers, 0 to 3"
-    ):
+    with pytest.raises(ValueError, match="names 4, 9, but FluxTransformer2DModel has 4 self-attention layers, 0 to 3"):
         attnswap.enable(cases.flux(), AdaSpa(dense_layers=(0, 4, 9)))
     layers = attnswap.inspect(cases.flux(), AdaSpa(dense_layers=(0, 3))).layers
     assert [layer.accelerated for layer in layers] == [False, True, True, False]

@@ -18,7 +18,8 @@ BLOCKS: dict[str, Any] = {"sparsity": 0.5, "min_tokens": 0, "block": (16, 16)}
 
 
 @pytest.mark.parametrize(
-    ("steps", "wanted"), [(50, (10, 30)), (20, (4, 12)), (8, (2, 5)), (4, (1, 2)), (2, (1,)), (1, (1,)), (100, (20, 60))]
+    ("steps", "wanted"),
+    [(50, (10, 30)), (20, (4, 12)), (8, (2, 5)), (4, (1, 2)), (2, (1,)), (1, (1,))],
 )
 def test_the_default_is_that_of_50_steps_scaled(steps: int, wanted: tuple[int, ...]) -> None:
     assert steps_of_run(AdaSpa().search_steps, steps) == wanted

@@ -176,11 +176,13 @@ def test_a_layer_that_a_cache_left_out_in_the_step_of_a_search_searches_in_its_n
     handle = attnswap.enable(model, replace(CONFIG, search_steps=(1, 3)))
     handle.set_timesteps(run.timesteps)
     block = model.transformer_blocks[0]
-    forward, skipped = block.forward, (1, 3)
+    forward = block.forward
+
+    def skip(*, hidden_states: Any, encoder_hidden_states: Any, **rest: Any) -> Any:
+        return encoder_hidden_states, hidden_states
+
     for step, timestep in enumerate(run.timesteps, start=1):
-        block.forward = (lambda *, hidden_states, encoder_hidden_states, **_: (encoder_hidden_states, hidden_states)) if (
-            step in skipped
-        ) else forward
+        block.forward = skip if step in (1, 3) else forward
         with torch.no_grad():
             model(**{**inputs, "timestep": torch.tensor([timestep])})
     found = {layer["name"]: layer for layer in cases.layers_of(handle)}
