@@ -35,7 +35,7 @@ from ..pipelines.generate import generate, versions
 from ..pipelines.job import Job
 from ..training.distill_evaluate import ssim
 from .high_resolution import SHOWN, add_outputs, publish, reduced
-from .models import pipeline_arguments
+from .models import Size, pipeline_arguments
 from .table import density_text
 
 DENSE = "dense"
@@ -118,7 +118,7 @@ class Model:
             by_route(variant, prompt, side, seed, into)
 
     def _direct(self, variant: Variant, prompt: str, side: int, seed: int, into: Drawn) -> None:
-        arguments = pipeline_arguments(self.pipe, self.preset, side, self.steps) | {"prompt": prompt}
+        arguments = pipeline_arguments(self.pipe, self.preset, Size("", side, side), self.steps) | {"prompt": prompt}
         generator = torch.Generator().manual_seed(seed)
         with ExitStack() as stack:
             clear = None if variant.settings is None else Clear(**variant.settings)

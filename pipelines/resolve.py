@@ -142,8 +142,9 @@ def _complete_clip(job: Job, pipe: Any, preset: presets.Preset) -> Job:
         overlap = overlap or max(1, clip.latent_frames(window, pipe) // 2) * factor
         if overlap % factor or overlap >= window:
             raise BadInput(f"overlap {overlap} is not a multiple of {factor} below the window, {window}.")
-    elif flag := next((name for name in ("window", "overlap") if getattr(job, name) is not None), None):
-        raise BadInput(f"--{flag} {getattr(job, flag)}: there is no --route windows to use it.")
+    elif window is not None or overlap is not None:
+        flag = f"--overlap {overlap}" if window is None else f"--window {window}"
+        raise BadInput(f"{flag}: there is no --route windows to use it.")
     return dataclasses.replace(job, frames=frames, fps=fps, window=window, overlap=overlap)
 
 

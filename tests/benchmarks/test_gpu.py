@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -51,8 +52,18 @@ def test_with_cuda_tests_and_timings_go_into_one_json(cuda, tmp_path):
     assert len(result.records) == 1
     assert cuda.models == list(gpu.MODELS)
     # Nothing takes any time here: each gets its share of all that is left.
-    shares = (gpu.OPS_SHARE, 0.5, 1)
+    shares = (gpu.OPS_SHARE, 1 / 3, 1 / 2, 1)
     assert all(0.9 < given / (100 * share) <= 1 for given, share in zip(cuda.budgets, shares, strict=True))
+
+
+def test_what_was_timed_is_there_even_if_a_model_breaks_the_run(cuda, tmp_path, monkeypatch):
+    def breaks(*_):
+        raise RuntimeError("no such model")
+
+    monkeypatch.setattr(gpu, "time_model", breaks)
+    with pytest.raises(RuntimeError):
+        gpu.main(["--json", str(tmp_path / "gpu.json")])
+    assert len(Result.read(tmp_path / "gpu.json").records) == 1
 
 
 def test_failing_tests_exit_1_and_the_json_is_still_written(cuda, tmp_path):
@@ -71,6 +82,24 @@ def test_a_folder_that_is_not_there_is_said_before_anything_runs(cuda, tmp_path,
     assert gpu.main(["--json", str(tmp_path / "missing" / "gpu.json")]) == 2
     assert "missing is no folder" in capsys.readouterr().err
     assert cuda.budgets == []
+
+
+def test_operations_are_timed_where_there_is_no_diffusers():
+    program = """
+import sys
+sys.modules.update(diffusers=None, transformers=None)
+from dataclasses import replace
+from attnswap.benchmarks import block_sparse, machine, ops, runner
+machine.measure_ceiling = lambda *_: machine.Ceiling(1e11, 1e10)
+assert "block_sparse" in ops.default_registry().names()
+case = block_sparse.CASES[0]
+small = replace(case, shape={**case.shape, "grid": [2, 8, 8]}, quick=True)
+record, = runner.run_benchmarks([replace(block_sparse.BENCHMARK, cases=(small,))], device="cpu", quick=True).records
+assert record.fastest("ours") and record.fastest("dense"), record
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    finished = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
 
 
 @pytest.fixture

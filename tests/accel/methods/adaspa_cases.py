@@ -91,8 +91,8 @@ class Steps:
                 inputs[latent] = [x - 0.3 * change for x, change in zip(inputs[latent], mean, strict=True)]
             elif inputs[latent].shape == mean.shape:
                 inputs[latent] = inputs[latent] - 0.3 * mean
-            else:  # FLUX has channels that it is given and does not predict
-                inputs[latent] = inputs[latent] - 0.3 * mean.mean(-1, keepdim=True)
+            else:  # some have channels that they are given and do not predict
+                inputs[latent] = inputs[latent] - 0.3 * mean.mean()
         return found
 
 
