@@ -36,10 +36,10 @@ def check(case: Case, inputs: Inputs) -> Check:
 
     What is checked of a call comes as a tuple: the output, unless it is a search alone, and the scores of a search.
     """
-    what, parts = case.shape["what"], []
-    if what != SEARCH:
+    call, parts = case.shape["call"], []
+    if call != SEARCH:
         parts.append(_check_output(case, inputs))
-    if what != SPARSE:
+    if call != SPARSE:
         parts.append(_check_scores(case, inputs))
     # Scores are other numbers than outputs: each part counts as much as the other, scaled without rounding.
     scales = [2.0 ** -math.frexp(float(part.exact.norm()))[1] for part in parts]
@@ -59,7 +59,7 @@ def _check_output(case: Case, inputs: Inputs) -> Check:
     tokens = tokens_of(case)
     chosen = torch.linspace(0, tokens - 1, CHECKED, device=query.device).long()
     visible = torch.ones((1, 1, CHECKED, tokens), dtype=torch.bool, device=query.device)
-    if case.shape["what"] == SPARSE:
+    if case.shape["call"] == SPARSE:
         rows, columns = case.shape["block"]
         kept = inputs["mask"].to_dense()[:, [0, -1]][:, :, chosen // rows]
         visible = kept.repeat_interleave(columns, -1)[..., :tokens]
@@ -124,18 +124,18 @@ def _of_dense(case: Case) -> float:
 
 
 def _ours(backend: str, case: Case, inputs: Inputs) -> Prepared:
-    what, block = case.shape["what"], tuple(case.shape["block"])
-    if what == SPARSE:
-        return prepared(OPS[what], backend, inputs, lambda output: (output,))
-    if what == SEARCH:
+    call, block = case.shape["call"], tuple(case.shape["block"])
+    if call == SPARSE:
+        return prepared(OPS[call], backend, inputs, lambda output: (output,))
+    if call == SEARCH:
         arguments = {name: inputs[name] for name in ("query", "key", "lse")}
-        return prepared(OPS[what], backend, {**arguments, "block": block}, lambda found: found[:1])
+        return prepared(OPS[call], backend, {**arguments, "block": block}, lambda found: found[:1])
     arguments = {name: inputs[name] for name in ("query", "key", "value")}
-    return prepared(OPS[what], backend, {**arguments, "lse_ref": inputs["lse"], "block": block}, lambda f: f[::2])
+    return prepared(OPS[call], backend, {**arguments, "lse_ref": inputs["lse"], "block": block}, lambda f: f[::2])
 
 
 def _flex(case: Case, inputs: Inputs) -> Prepared:
-    if case.shape["what"] != SPARSE:
+    if case.shape["call"] != SPARSE:
         raise Unavailable("it gives no scores of blocks")
     rows, columns = case.shape["block"]
     # Tiles within our blocks: those it takes by itself may be larger, which it refuses.
@@ -183,16 +183,16 @@ def targets(records: Sequence[Record], device: Mapping[str, Any]) -> list[Target
 def _at_least(aim: str, records: Sequence[Record], least: float) -> Target:
     def efficiency(record: Record) -> float | None:
         ours = record.fastest("ours")
-        usual = record.shape["what"] == SPARSE and record.shape["density"] == USUAL
+        usual = record.shape["call"] == SPARSE and record.shape["density"] == USUAL
         return record.reached(ours, ours.flops) if ours and usual else None
 
     return target(NAME, aim, _found(records, efficiency), "{:.2f}", lambda value: value >= least)
 
 
-def _at_most(aim: str, records: Sequence[Record], what: str, most: float) -> Target:
+def _at_most(aim: str, records: Sequence[Record], call: str, most: float) -> Target:
     def of_dense(record: Record) -> float | None:
         ours, dense = record.fastest("ours"), record.fastest("dense")
-        if record.shape["what"] != what or ours is None or dense is None or not (ours.median_ms and dense.median_ms):
+        if record.shape["call"] != call or ours is None or dense is None or not (ours.median_ms and dense.median_ms):
             return None
         return ours.median_ms / dense.median_ms
 

@@ -16,7 +16,7 @@ from .structured import Structured
 
 # What a case times: sparse attention by a mask; a search with the log-sum-exp of a step before; dense attention and
 # the search in one.
-SPARSE, SEARCH, FUSED = "sparse", "search", "dense and search"
+SPARSE, SEARCH, FUSED = "sparse attention", "search", "dense and search"
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 USUAL = 0.2
 #: A density of its own for each third of the heads, as much work in all as `USUAL`.
@@ -34,24 +34,24 @@ def _case(
     batch: int = 1,
     density: float | str = USUAL,
     block: tuple[int, int] = (64, 64),
-    what: str = SPARSE,
+    call: str = SPARSE,
     on_gpu: bool = False,
     quick: bool = False,
 ) -> Case:
     density_in_words = "mixed densities" if density == MIXED else f"density {density}"
     blocks = "" if block == (64, 64) else f", blocks {block[0]} x {block[1]}"
     shape = {
-        "what": what,
+        "call": call,
         "batch": batch,
         "grid": list(grid),
-        "text": text,
+        "text": text or None,
         "heads": heads,
         "head_dim": head_dim,
-        "density": density if what == SPARSE else None,
+        "density": density if call == SPARSE else None,
         "block": list(block),
     }
     return Case(
-        label=f"{name}, {density_in_words if what == SPARSE else what}{blocks}",
+        label=f"{name}, {density_in_words if call == SPARSE else call}{blocks}",
         shape={key: value for key, value in shape.items() if value is not None},
         device="cuda" if on_gpu else "cpu",
         dtypes=(torch.bfloat16,) if on_gpu else (torch.float32,),
@@ -59,8 +59,8 @@ def _case(
     )
 
 
-def _gpu(shape: tuple[str, dict[str, Any]], **what: Any) -> Case:
-    return _case(shape[0], on_gpu=True, **{**shape[1], **what})
+def _gpu(shape: tuple[str, dict[str, Any]], **changes: Any) -> Case:
+    return _case(shape[0], on_gpu=True, **{**shape[1], **changes})
 
 
 SWEEP = {"grid": (8, 32, 32), "heads": 6, "head_dim": 64}
@@ -88,20 +88,20 @@ BLOCKS = ((64, 64), (128, 64), (128, 128))
 # On a GPU in the order of their worth: a time budget cuts from the end.
 CASES = (
     *(_case(SWEEP_NAME, density=d, quick=d in (USUAL, 1.0), **SWEEP) for d in (*DENSITIES, MIXED)),
-    *(_case(SWEEP_NAME, what=what, quick=what == SEARCH, **SWEEP) for what in (SEARCH, FUSED)),
-    *(_case(name, what=what, **shape) for name, shape in SMALL for what in (SPARSE, SEARCH, FUSED)),
+    *(_case(SWEEP_NAME, call=call, quick=call == SEARCH, **SWEEP) for call in (SEARCH, FUSED)),
+    *(_case(name, call=call, **shape) for name, shape in SMALL for call in (SPARSE, SEARCH, FUSED)),
     _gpu(HUNYUAN),
     _gpu(WAN_14B),
-    *(_gpu(shape, what=what) for shape in (HUNYUAN, WAN_14B) for what in (SEARCH, FUSED)),
+    *(_gpu(shape, call=call) for shape in (HUNYUAN, WAN_14B) for call in (SEARCH, FUSED)),
     _gpu(HUNYUAN, density=1.0),
     _gpu(WAN_14B, density=1.0),
     _gpu(HUNYUAN, density=MIXED),
     _gpu(HUNYUAN, block=(128, 64)),
     *(_gpu(shape, density=0.1) for shape in (HUNYUAN, WAN_14B)),
     *(
-        _gpu(shape, what=what, quick=shape is WAN_1_3B and what != FUSED)
+        _gpu(shape, call=call, quick=shape is WAN_1_3B and call != FUSED)
         for shape in (WAN_1_3B, COGVIDEOX)
-        for what in (SPARSE, SEARCH, FUSED)
+        for call in (SPARSE, SEARCH, FUSED)
     ),
     *(_gpu(shape, density=density) for density in (1.0, 0.1) for shape in (WAN_1_3B, COGVIDEOX)),
     *(_gpu(shape, block=block) for shape in PUBLISHED for block in BLOCKS),
@@ -111,7 +111,7 @@ CASES = (
 
 def tokens_of(case: Case) -> int:
     """Those of the video, then those of the text."""
-    return _video(case) + case.shape["text"]
+    return _video(case) + case.shape.get("text", 0)
 
 
 def _video(case: Case) -> int:
@@ -140,10 +140,10 @@ def pairs_of(case: Case) -> float:
 def cost(case: Case, dtype: torch.dtype) -> Cost:
     """Two products for each pair that is computed, one for each where values take no part; all read, output written
     once."""
-    what, tokens = case.shape["what"], tokens_of(case)
+    call, tokens = case.shape["call"], tokens_of(case)
     batch, heads, head_dim = (case.shape[name] for name in ("batch", "heads", "head_dim"))
-    pairs = pairs_of(case) if what == SPARSE else heads * tokens**2
-    per_pair, tensors = (2.0, 2) if what == SEARCH else (4.0, 4)
+    pairs = pairs_of(case) if call == SPARSE else heads * tokens**2
+    per_pair, tensors = (2.0, 2) if call == SEARCH else (4.0, 4)
     return Cost(
         per_pair * batch * head_dim * pairs, float(tensors) * batch * tokens * heads * head_dim * dtype.itemsize
     )
@@ -156,16 +156,15 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int)
     kernel that is to be measured.
     """
     if device.type == "cpu":
-        structured = Structured(
-            tuple(case.shape["grid"]), case.shape["heads"], case.shape["head_dim"], case.shape["text"]
-        )
+        heads, head_dim = case.shape["heads"], case.shape["head_dim"]
+        structured = Structured(tuple(case.shape["grid"]), heads, head_dim, case.shape.get("text", 0))
         query, key, value = structured.tensors(dtype=dtype)
     else:
         generator = torch.Generator(device).manual_seed(seed)
         size = (case.shape["batch"], tokens_of(case), case.shape["heads"], case.shape["head_dim"])
         query, key, value = (torch.randn(size, generator=generator, dtype=dtype, device=device) for _ in range(3))
     tensors = {"query": query, "key": key, "value": value}
-    if case.shape["what"] == SPARSE:
+    if case.shape["call"] == SPARSE:
         return {**tensors, "mask": _mask(case, query, key, seed)}
     _, lse = kernels.dense_attention(query, key, value, return_lse=True)
     # As a step before would have left it.

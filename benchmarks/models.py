@@ -62,9 +62,8 @@ class Size:
     @property
     def shape(self) -> dict[str, int]:
         """For `Case.shape`."""
-        if self.frames is None and self.width == self.height:
-            return {"side": self.width}
-        return {"width": self.width, "height": self.height, **({} if self.frames is None else {"frames": self.frames})}
+        sides = {"side": self.width} if self.width == self.height else {"width": self.width, "height": self.height}
+        return sides if self.frames is None else {**sides, "frames": self.frames}
 
     def __str__(self) -> str:
         side = f"{self.width}" if self.width == self.height else f"{self.width} x {self.height}"

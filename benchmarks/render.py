@@ -42,28 +42,38 @@ stands at the end of this page."""
 METHOD = f"""\
 ## How it is measured
 
-- **Same tensors, same run.** All contenders of a case get the same random query, key and value and are called in turn
-  (A B C A B C …), so that a drift of the machine hits all alike. Only ratios within one table mean anything.
+- **Same tensors, same run.** All contenders of a case get the same query, key and value and are called in turn (A B C A
+  B C …), so that a drift of the machine hits all alike. Only ratios within one table mean anything. The tensors are
+  random; for block-sparse attention on a CPU they are a smooth random field over the grid of a clip, finer from head to
+  head, so that a search finds something, and its masks are those that are timed. On a GPU the masks are random.
 - **Three kinds of contenders.** *attnswap …* are this package's backends. *SDPA on windows* and *FlexAttention* give
   the same result by PyTorch's own code: SDPA gets tensors that already lie window by window and never brings them
   back, which a model would have to pay for; FlexAttention's compiling and block mask are not timed. The *published
   form* of linear attention is that of LinFusion's code, in plain PyTorch. *Dense SDPA* is full attention over all
   tokens: another result, and what a stock pipeline runs.
+- **Three calls of block-sparse attention.** *density d* is attention by a mask of which each row keeps the share d of
+  the key blocks, blocks of 64 x 64 tokens where nothing else is said, and all blocks with text; making the lists of
+  kept blocks is part of it. *search* finds the scores of all blocks, with the log-sum-exp of a step before, and has no
+  values and no output. *dense and search* gives the scores and dense attention's output in one.
 - **Right first.** Before it is timed, a contender is compared with the reference in higher precision, on the first
-  and the last head of the batch; local attention at about 64 tokens of these two heads. Its relative error
+  and the last head of the batch; local and block-sparse attention at about 64 and 48 tokens of these two heads, a
+  search at three rows of blocks. Its relative error
   ‖out − exact‖ / ‖exact‖ may be at most twice that of plain PyTorch in the same dtype; one that is over is reported as
   wrong and not timed. Dense SDPA is PyTorch's own and not checked. Errors are in the JSON.
 - **Median.** After a warm-up, the median of 5 to 100 calls, with the fastest and the slowest. On a GPU by CUDA
   events, with the L2 cache flushed before each call; on a CPU by the wall clock.
-- **The ideal.** The least floating-point operations (two matrix products per window, or with a D x D matrix per token)
-  over the peak, or the least bytes (inputs read once, output written once) over the bandwidth, whichever takes longer.
-  Peak and bandwidth are measured in the same run, with a large matrix product of the same dtype and a large copy; no
-  data sheet is involved. Exponentials are left out, so that 100% is out of reach. Linear attention on a GPU is bound by
-  the bandwidth, so that there the share of the ideal is the share of the bandwidth.
+- **The ideal.** The least floating-point operations (two matrix products per window, or with a D x D matrix per token;
+  a search takes one per pair of tokens) over the peak, or the least bytes (inputs read once, output written once) over
+  the bandwidth, whichever takes longer. Peak and bandwidth are measured in the same run, with a large matrix product of
+  the same dtype and a large copy; no data sheet is involved. Exponentials are left out, so that 100% is out of reach.
+  Linear attention on a GPU is bound by the bandwidth, so that there the share of the ideal is the share of the
+  bandwidth.
 - **Work.** Circular local attention computes whole tiles and throws away what lies outside of the circle. For it, the
   operations that a backend executes are counted, as for FlexAttention the blocks of 128 x 128 tokens of which any is
   in sight. FlexAttention and dense attention get the same tensors, 512 text tokens before the grid. FlexAttention's
-  mask is in the form that it runs fastest on a CPU (coordinates looked up), on a GPU in the published one.
+  mask is in the form that it runs fastest on a CPU (coordinates looked up), on a GPU in the published one. Block-sparse
+  attention computes the blocks of its mask and no others: the speed-up that the work allows is one over the density,
+  text included, and *of that* is the speed-up times the density.
 - **Memory.** Peak MiB is the most that PyTorch's allocator holds during a call beyond the inputs, output included.
 - **Growth.** Where cases differ in the number of tokens alone, the exponent of a power law is fitted to the
   medians from 16384 tokens up (4096 for local attention), by least squares on logarithms.
@@ -72,8 +82,10 @@ METHOD = f"""\
   JSON (dense attention 2, FlexAttention 1.5, the eager road of local attention on a GPU 1), and says so. No ratio is
   taken against it.
 - **Whole models.** A table that names a model times one call of its denoiser at the first step of a run or, where it
-  says so, a whole picture from prompt to pixels, at 8 times the side in 3 steps; stock against each method with the
-  settings that the model ships. Swapping in and out is not timed; only time is compared.
+  says so, a whole picture or clip from prompt to pixels, at 8 times the side in 3 steps and at 4 times the frames in 6;
+  stock against each method with the settings that the model ships. AdaSpa is dense at the first step and then searches:
+  of it, the call of a *sparse step* is timed, after one that searches and is not; whole clips have both. Swapping in
+  and out is not timed; only time is compared.
 - **Nothing dropped.** A contender that could not run stands below its table with the reason.
 
 {LEGEND}
@@ -90,7 +102,8 @@ REPRODUCE = """\
 ## How to reproduce
 
     attnswap bench --op linear_attention --json FILE      one operation, on the GPU where there is one, else the CPU
-                                                          (window_attention, linear_attention or local_attention)
+                                                          (window_attention, linear_attention, local_attention or
+                                                          block_sparse)
     attnswap bench --model emoji-sd --method linfusion --json FILE      a model, with chosen methods or all
     python -m attnswap.benchmarks.runner --json FILE      all operations
     python benchmarks/gpu.py                              on a CUDA machine, from a checkout, without installing: the

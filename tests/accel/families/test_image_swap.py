@@ -107,7 +107,9 @@ def attention(model: Any) -> list[Any]:
 @pytest.mark.parametrize("method", ["hidiffusion", "linfusion"])
 def test_a_method_for_other_models_is_refused_in_one_line(case: Case, method: str) -> None:
     model = case.make()
-    wanted = rf"{method} does not work on {type(model).__name__}, which takes clear; {method} works on UNet2D\w+$"
+    wanted = (
+        rf"{method} does not work on {type(model).__name__}, which takes adaspa, clear; {method} works on UNet2D\w+$"
+    )
     with unchanged(model), pytest.raises(attnswap.UnsupportedModel, match=wanted) as refused:
         attnswap.enable(model, method)
     assert "\n" not in str(refused.value)
