@@ -55,11 +55,12 @@ def flex_attention(
     inputs: Inputs,
     mask_mod: MaskMod | None,
     block_mask: BlockMask | None = None,
-    kernel_options: dict[str, Any] | None = None,
+    kernel_options: Any = None,
 ) -> Prepared:
     """Compiled FlexAttention over the tokens in their own order; compiling and the block mask are not timed.
 
-    `block_mask` is made from `mask_mod` where it is None, which looks at every pair of tokens.
+    `block_mask` is made from `mask_mod` where it is None, which looks at every pair of tokens. `kernel_options` are
+    FlexAttention's own.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

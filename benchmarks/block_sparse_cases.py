@@ -63,10 +63,10 @@ def _gpu(shape: tuple[str, dict[str, Any]], **changes: Any) -> Case:
     return _case(shape[0], on_gpu=True, **{**shape[1], **changes})
 
 
-SWEEP = {"grid": (8, 32, 32), "heads": 6, "head_dim": 64}
+SWEEP: Any = {"grid": (8, 32, 32), "heads": 6, "head_dim": 64}
 SWEEP_NAME = "8192 tokens, 6 heads of 64"
 # The four models' shapes with fewer frames and heads: about 8K tokens.
-SMALL = (
+SMALL: tuple[tuple[str, Any], ...] = (
     ("Wan 1.3B, 7800 tokens", {"grid": (5, 30, 52), "heads": 3, "head_dim": 128}),
     ("Wan 14B, 8640 tokens", {"grid": (4, 27, 80), "heads": 2, "head_dim": 128}),
     ("HunyuanVideo, 8100 + 256 tokens", {"grid": (3, 45, 60), "text": 256, "heads": 2, "head_dim": 128}),

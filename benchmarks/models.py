@@ -243,7 +243,7 @@ def pipeline_arguments(pipe: Any, preset: presets.Preset, size: Size, steps: int
         "prompt": PROMPT,
         "width": size.width,
         "height": size.height,
-        clip.frames_argument(pipe): size.frames,
+        clip.frames_argument(pipe) or "frames": size.frames,
         "num_inference_steps": steps,
         "max_sequence_length": preset.max_sequence_length,
         **guidance.arguments(job, pipe),

@@ -28,10 +28,9 @@ from attnswap.benchmarks.result import Measurement, Record
 
 CPU = torch.device("cpu")
 SHAPE = {
-    "what": SPARSE,
+    "call": SPARSE,
     "batch": 1,
     "grid": [3, 8, 12],
-    "text": 0,
     "heads": 3,
     "head_dim": 16,
     "density": USUAL,
@@ -92,19 +91,19 @@ def test_every_row_sees_text_and_text_sees_everything():
 
 
 def test_a_search_takes_half_the_work_of_dense_attention_and_reads_no_values():
-    search, fused = (cost(case(what=what), torch.float32) for what in (SEARCH, FUSED))
+    search, fused = (cost(case(call=what), torch.float32) for what in (SEARCH, FUSED))
     dense = 4 * 3 * 16 * 288**2
     assert (search.flops, fused.flops) == (dense / 2, dense)
     assert (search.bytes, fused.bytes) == (2 * 4 * 288 * 48, 4 * 4 * 288 * 48)
 
 
 def test_a_search_starts_from_a_log_sum_exp_of_before():
-    found = inputs_of(case(what=SEARCH))
+    found = inputs_of(case(call=SEARCH))
     _, lse = kernels.dense_attention(found["query"], found["key"], found["value"], return_lse=True)
     assert torch.allclose(found["lse"], lse - LSE_SHIFT, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"text": 45, "density": MIXED}, {"what": SEARCH}, {"what": FUSED, "text": 45}])
+@pytest.mark.parametrize("changes", [{}, {"text": 45, "density": MIXED}, {"call": SEARCH}, {"call": FUSED, "text": 45}])
 def test_contenders_agree_with_the_definition(changes, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter is no contender
     ragged = case(**{"grid": [3, 9, 11], **changes})
@@ -132,7 +131,7 @@ def errors(small: Case, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 @pytest.mark.parametrize("what", [SPARSE, SEARCH, FUSED])
 def test_what_is_right_passes_and_its_neighbour_does_not(what):
-    small = case(what=what, grid=[3, 9, 11], text=45)
+    small = case(call=what, grid=[3, 9, 11], text=45)
     right = outputs(small, inputs_of(small))
     assert len(right) == (2 if what == FUSED else 1)
     assert errors(small, right) < 1e-5
@@ -153,7 +152,7 @@ def test_a_wrong_mask_is_found_out():
 
 
 def test_scores_of_the_last_block_that_is_short_are_checked():
-    small = case(what=SEARCH, grid=[3, 9, 11])
+    small = case(call=SEARCH, grid=[3, 9, 11])
     (scores,) = outputs(small, inputs_of(small))
     wrong = scores.clone()
     wrong[..., -1] *= 16 / 9  # as if its keys were as many as others'
@@ -188,7 +187,7 @@ def test_every_case_for_a_cpu_has_its_tokens_in_its_name_and_a_tenth_of_it_can_b
     small = replace(large, shape={**large.shape, "grid": [large.shape["grid"][0], height, 16], "head_dim": 8})
     found = inputs_of(small)
     assert found["query"].shape == (1, tokens_of(small), large.shape["heads"], 8)
-    assert ("mask" in found) is (large.shape["what"] == SPARSE)
+    assert ("mask" in found) is (large.shape["call"] == SPARSE)
 
 
 def test_cases_for_a_gpu_have_the_models_lengths_and_the_most_valuable_come_first():
@@ -224,7 +223,7 @@ def test_cases_for_a_gpu_have_the_models_lengths_and_the_most_valuable_come_firs
 
 def record(label: str, what: str, ours_ms: float, dense_ms: float, density=USUAL) -> Record:
     """What is executed is a fifth of dense attention's work where it is sparse."""
-    shape = {"what": what, **({"density": density} if what == SPARSE else {})}
+    shape = {"call": what, **({"density": density} if what == SPARSE else {})}
     measured = (
         Measurement("attnswap", "ours", "ok", "", ours_ms, flops=20.0),
         Measurement("dense, slower", "dense", "ok", "", 2 * dense_ms, flops=100.0),

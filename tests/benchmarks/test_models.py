@@ -160,7 +160,7 @@ def test_a_sparse_step_and_a_whole_clip_of_a_video_model_are_measured(tiny_wan, 
     given = json.loads((tiny_wan / "attnswap.json").read_text()) | {"steps": 4, "methods": methods}
     monkeypatch.setattr(presets, "read", lambda folder: presets.Preset(**given))
     result = models.run(str(tiny_wan), methods=["adaspa", "hidiffusion"], device="cpu")
-    assert result.records[0].shape == {"width": 32, "height": 32, "frames": 9}
+    assert result.records[0].shape == {"side": 32, "frames": 9}
     found = {record.case: record.measurements for record in result.records}
     # Five blocks of 16 tokens a latent frame of 64, and so on; half of them, rounded up.
     densities = {

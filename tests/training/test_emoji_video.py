@@ -154,6 +154,27 @@ def test_native_positions_are_the_transformers_own():
         torch.testing.assert_close(mine, chosen, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("head", "column"), [(0, 2), (1, 4)])
+def test_a_head_starts_as_a_look_at_a_neighbour(head, column):
+    """Of seven random tokens in a row, the fourth looks on average most at the third, or at the fifth."""
+    torch.manual_seed(0)
+    transformer = emoji_video_models.build_transformer(3, 1)
+    attention = transformer.blocks[0].attn1
+    with torch.no_grad():
+        hidden = torch.randn(64, 7, 192)
+        cosine, sine = transformer.rope(torch.zeros(1, 32, 1, 1, 7))
+        turned = []
+        for linear, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k)):
+            pairs = norm(linear(hidden)).unflatten(2, (3, 32, 2))
+            cos, sin = cosine[..., 0::2], sine[..., 1::2]
+            turned.append(
+                torch.cat([pairs[..., 0] * cos - pairs[..., 1] * sin, pairs[..., 0] * sin + pairs[..., 1] * cos], -1)
+            )
+        weights = (turned[0][:, :, head] @ turned[1][:, :, head].mT / 8).softmax(-1).mean(0)
+    assert weights[3].argmax() == column
+    assert weights[3, column] > 0.4
+
+
 def test_a_latent_at_half_the_side_sits_in_the_middle_of_its_two():
     assert emoji_video_models.spread(6, 12).tolist() == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5]
 
