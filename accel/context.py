@@ -74,6 +74,7 @@ class Clock:
         steps: how many steps the run has, None where nothing tells.
         position, total: the same in the list before image-to-image truncation.
         branch: order of appearance of this call's guidance branch within the run.
+        named: the branch has a name, and is not only told by where its text lies.
         run: changes whenever a new run begins; state of an earlier run is stale.
     """
 
@@ -129,10 +130,11 @@ class Clock:
             else:
                 known, position, is_view = located
                 # A view is certain; of an equal value the pipeline's own number knows better how many follow.
-                self._tick_listed(known, position, steps if known.is_same(schedule) and not is_view else None)
+                self._tick_listed(known, position, branch, steps if known.is_same(schedule) and not is_view else None)
         if branch is not None:
             self._seen.add(branch)
             self.branch = self._branches.setdefault(branch, len(self._branches))
+            self.named = isinstance(branch, str)
         self._last = timestep
 
     def _begin_run(self, schedule: Schedule | None) -> None:
@@ -141,6 +143,7 @@ class Clock:
         self.position: int | None = None
         self.total: int | None = None
         self.branch = 0
+        self.named = False
         self._schedule = schedule
         self._start = 0
         self._direction = 0
@@ -176,8 +179,10 @@ class Clock:
     def _continues(self, schedule: Schedule) -> bool:
         return self._schedule is not None and schedule.is_same(self._schedule)
 
-    def _tick_listed(self, schedule: Schedule, position: int, steps: int | None) -> None:
-        if not self._continues(schedule) or (self.position is not None and position < self.position):
+    def _tick_listed(self, schedule: Schedule, position: int, branch: object, steps: int | None) -> None:
+        aborted_at_once = position == self.position == self._start and branch in self._seen
+        earlier = self.position is not None and position < self.position
+        if not self._continues(schedule) or earlier or aborted_at_once:
             self.run += 1
             self._begin_run(schedule)
         if self.position is None:

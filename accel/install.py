@@ -79,7 +79,12 @@ class Installation:
         vars(self.model)[ATTRIBUTE] = self
         self._passive = passive
         self._observer = Observer(
-            self.model, self.context.clock, self._begin, pipeline=self._pipeline, entry=self._entry
+            self.model,
+            self.context.clock,
+            self._begin,
+            on_end=self._rest,
+            pipeline=self._pipeline,
+            entry=self._entry,
         )
         self._pipeline = None  # from here on the observer knows it, weakly
         for slot in self.slots.values():
@@ -111,6 +116,10 @@ class Installation:
         self.recorder.reset()
         for strategy in self.strategies:
             strategy.reset()
+
+    def _rest(self) -> None:
+        for strategy in self.strategies:
+            strategy.rest()
 
     def _details(self) -> Details | None:
         found = [details for strategy in self.strategies if (details := strategy.details()) is not None]

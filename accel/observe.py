@@ -61,11 +61,16 @@ class Call:
         return len(self.first("sample", "hidden_states", "x"))
 
     @property
-    def text_address(self) -> int:
-        """Where the text tensor lives: it alternates between guidance branches and stays when a step repeats."""
+    def text(self) -> torch.Tensor | None:
+        """The text tensor, the first one of a list."""
         text = self.first(*_TEXTS)
         text = text[0] if isinstance(text, list | tuple) else text
-        return text.data_ptr() if isinstance(text, torch.Tensor) else 0
+        return text if isinstance(text, torch.Tensor) else None
+
+    @property
+    def text_address(self) -> int:
+        """Where the text tensor lives: it alternates between guidance branches and stays when a step repeats."""
+        return 0 if self.text is None else self.text.data_ptr()
 
 
 class _NoState(BaseState):
@@ -78,17 +83,17 @@ class _Carrier(ModelHook):
 
     _is_stateful = True
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, on_end: Callable[[], None]) -> None:
         super().__init__()
         self.manager = StateManager(_NoState)  # type: ignore[arg-type]
-        self._clock = clock
+        self._on_end = on_end
 
     @property
     def context(self) -> CacheContext | None:
         return self.manager._context
 
     def reset_state(self, module: nn.Module) -> nn.Module:
-        self._clock.reset()
+        self._on_end()
         return module
 
 
@@ -111,6 +116,7 @@ class Observer:
         model: the denoiser.
         clock: shared by the denoisers of a pipeline.
         on_call: gets the `Call` and may edit it.
+        on_end: is told when Diffusers says that a pipeline's run is over.
         pipeline: asked for its scheduler's list of timesteps; held weakly.
         entry: the module whose call is watched, where it is not `model` (the wrapper that `torch.compile` returns).
     """
@@ -121,12 +127,14 @@ class Observer:
         clock: Clock,
         on_call: Callable[[Call], None],
         *,
+        on_end: Callable[[], None] | None = None,
         pipeline: Any = None,
         entry: nn.Module | None = None,
     ) -> None:
         self.model = model
         self.clock = clock
         self._on_call = on_call
+        self._on_end = on_end
         self._pipeline = None if pipeline is None else _weakly(pipeline)
         self._carrier: _Carrier | None = None
         self._undo: list[tuple[nn.Module, str]] = []
@@ -139,7 +147,7 @@ class Observer:
             self._install_carrier()
         elif not hasattr(model, "_reset_stateful_cache"):
             # `DiffusionPipeline.maybe_free_model_hooks` calls this at the end of a run if it is there.
-            vars(model)["_reset_stateful_cache"] = clock.reset
+            vars(model)["_reset_stateful_cache"] = self._end
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied or unpickled model belongs to no pipeline yet.
@@ -154,7 +162,7 @@ class Observer:
         self._unwatch_compiled()
         if self._carrier is not None:
             self._remove_carrier()
-        if vars(self.model).get("_reset_stateful_cache") == self.clock.reset:
+        if vars(self.model).get("_reset_stateful_cache") == self._end:
             del self.model._reset_stateful_cache
 
     def schedule(self) -> tuple[Schedule | None, int | None]:
@@ -211,6 +219,11 @@ class Observer:
         self._on_call(call)
         return call
 
+    def _end(self) -> None:
+        self.clock.reset()
+        if self._on_end is not None:
+            self._on_end()
+
     def _watch_compiled(self) -> None:
         """Be told of calls of a whole compiled model before its graph runs."""
         attributes = vars(self.model)
@@ -232,7 +245,7 @@ class Observer:
         for module, name in ((self.model, "_diffusers_hook"), (child, "_diffusers_hook"), (child, "forward")):
             if name not in vars(module):
                 self._undo.append((module, name))
-        self._carrier = _Carrier(self.clock)
+        self._carrier = _Carrier(self._end)
         HookRegistry.check_if_exists_or_initialize(child).register_hook(self._carrier, _CARRIER)
         HookRegistry.check_if_exists_or_initialize(self.model).invalidate_child_registries_cache()
 

@@ -103,7 +103,11 @@ class Details:
 
 @dataclass(frozen=True)
 class PlannedCall:
-    """What a layer is going to do where it cannot count, in a compiled graph."""
+    """What a layer is going to do where it cannot count, in a compiled graph.
+
+    A plan may tell by `ran` whether the layer was there in the end. Without that, or without a plan, layers are counted
+    that one of Diffusers' caches leaves out.
+    """
 
     batch: int
     tokens: int
@@ -139,6 +143,8 @@ class Recorder:
         """Count what was planned and not counted by the layer itself."""
         planned, self._planned = self._planned, {}
         for layer, call in planned.items():
+            if not getattr(call.plan, "ran", True):
+                continue
             pairs = None if call.plan is None else call.plan.pairs
             dense = call.tokens**2
             record = self.layers[layer]
@@ -303,7 +309,7 @@ def _render(denoiser: dict[str, Any], details: Details | None) -> list[str]:
         lines.append(
             f"  attention calls in these layers: {fast} accelerated, {dense} dense; {searches}backend {backends}"
         )
-        lines.append(f"  density, the share of query-key pairs computed: {_densities(layers)}")
+        lines.append(f"  density in these layers, the share of query-key pairs computed: {_densities(layers)}")
     lines += [f"  {line}" for line in (() if details is None else details.lines)]
     reasons = Counter(layer["reason"] for layer in layers if not layer["accelerated"])
     lines += [f"  left as it is: {count} layer{'s' * (count > 1)}, {reason}" for reason, count in reasons.items()]

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         help="make one picture or clip from a prompt",
         description="Make one picture or clip from a prompt. The rest is as in the model's preset.",
         epilog='e.g. attnswap generate "a fox" --width 256 --height 256 --method hidiffusion\n'
-        '     attnswap generate "a fox moving left" -m emoji-video --frames 65 -o fox.mp4',
+        '     attnswap generate "a fox moving left" --frames 65 --method adaspa -o fox.mp4',
         formatter_class=Listing,
     )
     parser.add_argument(
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--report", metavar="FILE", help="also write a JSON report there ('-': standard output)")
 
     model = parser.add_argument_group("model")
-    model.add_argument("-m", "--model", help=f"{MODELS} (default: emoji-sd)")
+    model.add_argument("-m", "--model", help=f"{MODELS} (default: emoji-sd; emoji-video for a clip)")
     model.add_argument("--variant", help='weight variant, such as "fp16"')
     model.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help="auto, fp32, fp16 or bf16 (default: auto)")
     model.add_argument("--device", help="cpu, cuda, cuda:1, mps … (default: the accelerator, else the CPU)")
@@ -126,6 +126,8 @@ def _job(options: argparse.Namespace) -> Job:
         stored = from_record(record)["methods"] if record else {}
         methods = split_names(options.method) if options.method is not None else list(stored)
         changes["methods"] = settings.parse(methods, options.set)
+    if record is None and options.model is None and _asks_for_a_clip(options):
+        changes["model"] = "emoji-video"
     fields = again(record, changes) if record else changes
     if "prompt" not in fields:
         raise BadInput("no PROMPT given, and no --from FILE to take it from.")
@@ -137,12 +139,22 @@ def _job(options: argparse.Namespace) -> Job:
     )
 
 
+def _asks_for_a_clip(options: argparse.Namespace) -> bool:
+    """Whether something is asked for that only clips have."""
+    from ..pipelines.video_writer import KINDS
+
+    only_of_clips = (options.frames, options.fps, options.frames_dir, options.window, options.overlap)
+    kind = Path(options.output or "").suffix.lower()
+    return any(value is not None for value in only_of_clips) or options.route == "windows" or kind in KINDS
+
+
 def _summary(result: Result) -> str:
     job = result.job
     peak = f", peak memory {result.peak_bytes / 2**20:.0f} MiB" if result.peak_bytes else ""
     clip = ""
     if job.frames and job.fps:
-        clip = f"{job.frames} frames at {job.fps} a second ({float(job.frames / job.fps):.1f} s), "
+        count = f"{job.frames} frame{'s' if job.frames > 1 else ''}"
+        clip = f"{count} at {job.fps} a second ({float(job.frames / job.fps):.1f} s), "
     return "\n".join(
         [
             f"{_files(job)}: {job.width}x{job.height}, {clip}{job.steps} steps, seed {job.seed}",

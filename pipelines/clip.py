@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from fractions import Fraction
 from typing import Any
 
 from .errors import BadInput
 
 MAX_FRAMES, MAX_FPS = 100_000, 240
+# So that times fit the 32 bits that MP4 has for them.
+MAX_FPS_DENOMINATOR = 100_000
+# No exponents: "1e-999999999" would take all memory.
+FPS_TEXT = re.compile(r"\s*[-+]?\d{0,18}([./]\d{0,18})?\s*")
 # Frames a second that the models were trained at, which only their papers and cards say.
 FPS = {
     "CogVideoXPipeline": 8,
@@ -39,6 +44,8 @@ def parse_fps(text: str) -> Fraction:
         BadInput: no number, or out of range.
     """
     try:
+        if not FPS_TEXT.fullmatch(text):
+            raise ValueError
         fps = Fraction(text.strip())
     except (ValueError, ZeroDivisionError):
         raise BadInput(f"fps {text!r} is no number such as 16, 23.976 or 24000/1001.") from None
@@ -51,8 +58,10 @@ def parse_fps(text: str) -> Fraction:
 
 
 def check_fps(fps: Fraction) -> None:
-    if not 0 < fps <= MAX_FPS or fps.denominator > 100_000:
+    if not 0 < fps <= MAX_FPS:
         raise BadInput(f"fps {fps} is out of range: above 0, at most {MAX_FPS}.")
+    if fps.denominator > MAX_FPS_DENOMINATOR:
+        raise BadInput(f"fps {fps} is a fraction too fine: its denominator is above {MAX_FPS_DENOMINATOR}.")
 
 
 def native_fps(pipe: Any) -> Fraction | None:

@@ -98,6 +98,8 @@ class Film(Runner):
         rate = int(job.fps) if job.fps.denominator == 1 else float(job.fps)
         with self._in_windows(stage) as noise:
             output = self._call(pipe, stage, **named, frame_rate=rate, **noise)
+        if getattr(output, "audio", None) is not None:
+            self._say(f"{type(pipe).__name__} makes sound, too, which is left out.")
         frames: torch.Tensor = output.frames
         return frames
 

@@ -126,7 +126,7 @@ class Runner:
             raise
         except (ValueError, TypeError) as error:
             if self._steps_run == 0:
-                raise BadInput(f"{type(self._pipe).__name__} refuses: {error}") from error
+                raise BadInput(f"{type(self._pipe).__name__} stopped before its first step: {error}") from error
             raise
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):

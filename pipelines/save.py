@@ -134,13 +134,16 @@ def has_av() -> bool:
     return importlib.util.find_spec("av") is not None
 
 
-def require_av(path: Path) -> None:
+def require_av(path: Path, instead: str = "") -> None:
     """
+    Args:
+        instead: what else would do, as the end of the message.
+
     Raises:
         BadInput: PyAV, which reads and writes MP4, is not installed.
     """
     if not has_av():
-        raise BadInput(f'{path}: MP4 needs PyAV, which is not installed: pip install "attnswap[video]".')
+        raise BadInput(f'{path}: MP4 needs PyAV, which is not installed: pip install "attnswap[video]"{instead}.')
 
 
 def write_json(data: dict[str, Any], path: Path) -> None:

@@ -35,16 +35,25 @@ def check(output: Path | None, frames_dir: Path | None) -> None:
     """Says now what would fail after the work.
 
     Raises:
-        BadInput: MP4 without PyAV, a folder for frames that has something in it or cannot be made.
+        BadInput: MP4 without PyAV, a folder for frames that cannot be made or replaced, or that holds the clip.
     """
     if output is not None and output.suffix.lower() == ".mp4":
-        save.require_av(output)
-    if frames_dir is not None:
-        if frames_dir.exists() and not frames_dir.is_dir():
-            raise BadInput(f"--frames-dir {frames_dir} is a file.")
-        if frames_dir.is_dir() and any(frames_dir.iterdir()):
-            raise BadInput(f"--frames-dir {frames_dir} is not empty.")
-        save.check_folder(frames_dir)
+        save.require_av(output, ", or name a .gif, or use --frames-dir")
+    if frames_dir is None:
+        return
+    folder = frames_dir.resolve()
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--frames-dir {frames_dir} is a file.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise BadInput(f"--frames-dir {frames_dir} is not empty.")
+    # A new folder takes the place of an empty one, which none of these two can be made to leave.
+    if os.path.ismount(folder):
+        raise BadInput(f"--frames-dir {frames_dir} is a mount point; name a folder in it.")
+    if folder == Path.cwd():
+        raise BadInput(f"--frames-dir {frames_dir} is the current folder; name one in it.")
+    if output is not None and folder in (clip := output.resolve(), clip.parent):
+        raise BadInput(f"-o {output} and --frames-dir {frames_dir} would be the same, or one in the other.")
+    save.check_folder(folder)
 
 
 def check_fps(output: Path | None, fps: Fraction) -> None:
@@ -70,16 +79,46 @@ def writers(
     Raises:
         JobFailed: a disk that is full, or the like.
     """
-    opened: list[AbstractContextManager[Writer]] = []
-    if output is not None:
-        opened.append((mp4 if output.suffix.lower() == ".mp4" else gif)(output, fps, record))
-    if frames_dir is not None:
-        opened.append(pngs(frames_dir, record))
+    with ExitStack() as stack:
+        opened: list[Writer] = []
+        if output is not None:
+            kind = mp4 if output.suffix.lower() == ".mp4" else gif
+            opened.append(stack.enter_context(_said_in_a_line(kind(output, fps, record), output)))
+        if frames_dir is not None:
+            opened.append(stack.enter_context(_said_in_a_line(pngs(frames_dir, record), frames_dir)))
+        yield opened
+
+
+@contextmanager
+def _said_in_a_line(writer: AbstractContextManager[Writer], path: Path) -> Iterator[Writer]:
+    """`writer`, its errors of files, and not those of the block, as `JobFailed` with the name of what it writes."""
+    of_the_block: BaseException | None = None
     try:
-        with ExitStack() as stack:
-            yield [stack.enter_context(writer) for writer in opened]
-    except OSError as error:  # PyAV's errors of files are of this kind, too
-        raise JobFailed(f"{output or frames_dir} could not be written: {error.strerror or error}") from error
+        with writer as opened:
+            try:
+                yield _InALine(opened, path)
+            except BaseException as error:
+                of_the_block = error
+                raise
+    except OSError as error:
+        if error is of_the_block:
+            raise
+        raise _not_written(path, error) from error
+
+
+class _InALine:
+    def __init__(self, writer: Writer, path: Path) -> None:
+        self._writer, self._path = writer, path
+
+    def add(self, frame: Frame) -> None:
+        try:
+            self._writer.add(frame)
+        except OSError as error:  # PyAV's errors of files are of this kind, too
+            raise _not_written(self._path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> JobFailed:
+    return JobFailed(f"{path} could not be written: {error.strerror or error}")
 
 
 @contextmanager
@@ -158,6 +197,7 @@ class _Gif:
 @contextmanager
 def pngs(folder: Path, record: dict[str, Any]) -> Iterator[Writer]:
     """frame-00001.png and so on, lossless, in a folder that appears with the last of them."""
+    folder = folder.resolve()  # a link stays one, to the folder that is replaced
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     part.mkdir()
     try:

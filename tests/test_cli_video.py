@@ -7,10 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
-from attnswap.pipelines import save
+from attnswap.pipelines import save, video_writer
+from attnswap.pipelines.errors import BadInput
+from attnswap.pipelines.job import Job
 
 from .test_cli import Cli, attnswap, refused
 
@@ -66,6 +71,65 @@ class TestClip:
         assert len(os.listdir("fox")) == 9
         assert json.loads(Path("fox.json").read_text())["job"]["frames"] == 9
 
+    def test_of_one_frame(self, attnswap: Cli, tiny_wan: Path) -> None:
+        _, out, _ = attnswap("generate", "a fox", "-m", tiny_wan, "--steps", 1, "--frames", 1, "--frames-dir", "fox")
+        assert ", 1 frame at 8 a second" in out
+
+
+class TestWithoutAModel:
+    @pytest.fixture
+    def model(self, attnswap: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+        """The model of which a picture or clip would have been made."""
+        jobs: list[Job] = []
+
+        def generate(job: Job, **_: object) -> None:
+            jobs.append(job)
+            raise BadInput("no further")
+
+        monkeypatch.setattr("attnswap.pipelines.generate.generate", generate)
+
+        def run(*flags: object) -> str:
+            refused(attnswap("generate", *flags), "no further")
+            return jobs[-1].model
+
+        return run
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ("-o", "clip.mp4"),
+            ("-o", "clip.GIF"),
+            ("--frames", 161),
+            ("--fps", 24),
+            ("--frames-dir", "fox"),
+            ("--route", "windows"),
+        ],
+    )
+    def test_a_clip_is_of_emoji_video(self, model: Callable[..., str], flags: tuple[object, ...]) -> None:
+        assert model("a fox", *flags) == "emoji-video"
+        assert model("a fox", "-m", "emoji-sd", *flags) == "emoji-sd"
+
+    @pytest.mark.parametrize("flags", [(), ("-o", "fox.png"), ("--route", "ladder"), ("--width", 256)])
+    def test_a_picture_is_of_emoji_sd(self, model: Callable[..., str], flags: tuple[object, ...]) -> None:
+        assert model("a fox", *flags) == "emoji-sd"
+
+    def test_a_clip_made_again_is_of_its_own(self, model: Callable[..., str], attnswap: Cli) -> None:
+        job = Job("a fox", model="of/mine", width=8, height=8, steps=1, guidance=1.0, dtype="float32", frames=1)
+        with video_writer.writers(Path("a.gif"), None, fps=Fraction(8), record=job.to_record()) as (writer,):
+            writer.add(np.zeros((8, 8, 3), np.uint8))
+        assert model("--from", "a.gif", "--frames", 9, "-o", "b.gif") == "of/mine"
+
+    def test_adaspa_searches_in_a_clip(self, attnswap: Cli) -> None:
+        status, _, err = attnswap(
+            "generate", "a fox moving left on a green background", "--method", "adaspa", "--frames", 9, "--steps", 2,
+            "-o", "clip.gif", "--report", "clip.json",
+        )  # fmt: skip
+        assert (status, err) == (0, "")
+        document = json.loads(Path("clip.json").read_text())
+        assert document["job"]["model"] == "emoji-video"
+        assert document["job"]["frames"] == 9
+        assert document["report"]["adaspa"]["searches"] == [1]
+
 
 @pytest.mark.usefixtures("no_steps")
 class TestWrongUseIsSaidBeforeAnyStep:
@@ -81,7 +145,13 @@ class TestWrongUseIsSaidBeforeAnyStep:
             (["--fps", "60", "-o", "fox.gif"], "at most 50 frames a second"),
             (["-o", "fox.png"], "makes clips; the name must end in .mp4 or .gif"),
             (["-o", "fox.avi"], ".png or .mp4 or .gif"),
-            (["--frames-dir", "no/fox"], "folder no does not exist"),
+            (["--frames-dir", "no/fox"], "no does not exist"),
+            (["--frames-dir", "."], "--frames-dir . is the current folder"),
+            (["-o", "fox.gif", "--frames-dir", "fox.gif"], "-o fox.gif and --frames-dir fox.gif would be the same"),
+            (
+                ["--method", "adaspa", "--set", "search_steps=5,", "--set", "min_tokens=1"],
+                "WanPipeline stopped before its first step: search_steps (5,): step 5 is beyond the run of 2 steps",
+            ),
             (["--route", "ladder"], "--route ladder is for pictures"),
             (["--window", 5], "there is no --route windows"),
             (["--route", "windows", "--window", 6], "window 6 is not 2n + 1"),

@@ -1,8 +1,7 @@
 """Clips of emoji that move, grow or turn over one colour: their captions, their pixels, and who judges by them.
 
 Made from the sprites of a `Reference` alone, so neither the font nor the `emoji` package is needed. All clips here are
-float arrays `[frames, side, side, 3]` in 0..1. At the native side a subject moves by two pixels a frame, so that after
-an even number of frames it sits on one of two places in the autoencoder's grid of 8 pixels.
+float arrays `[frames, side, side, 3]` in 0..1.
 """
 
 from __future__ import annotations
@@ -107,12 +106,3 @@ def sample_asks(reference: Reference, count: int, seed: int = 0) -> list[Ask]:
         subject, colour = pairs[orders[column][row]]
         asks.append((subject, MOTIONS[column], colour))
     return asks
-
-
-def room(rgba: np.ndarray, step: int) -> tuple[int, int]:
-    """How many steps of `step` pixels a sprite clip can be moved to either side, and up or down, and stay inside."""
-    opaque = rgba[..., 3].max(0) > 0.02
-    side = opaque.shape[0]
-    spans = [np.flatnonzero(opaque.any(axis)) for axis in (0, 1)]
-    x, y = (min(span[0], side - 1 - span[-1]) // step for span in spans)
-    return int(x), int(y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,17 +31,22 @@ def export_pipeline(out: Path, pipe, reference: Reference, steps: int, guidance:
     # Transformers loads what was saved in half precision as half, beside a denoiser that Diffusers loads as float32.
     correct(out / "text_encoder" / "config.json", dtype="float32")
     reference.save(out / "reference")
-    about = {
+    (out / "attnswap.json").write_text(json.dumps(preset(reference, steps, guidance), indent=2) + "\n")
+
+
+def preset(reference: Reference, steps: int, guidance: float) -> dict[str, Any]:
+    """What `attnswap.json` says."""
+    return {
         "native_side": reference.side,
         "frames": FRAMES,
         "fps": FRAMES_PER_SECOND,
         "steps": steps,
         "guidance": guidance,
         "max_sequence_length": TEXT_LENGTH,
+        "methods": {"adaspa": {"min_tokens": 512}},  # a clip has 1296, less than the method's default
         "description": f"clips of {len(reference.names)} animals, plants and food as emoji that move, grow or turn on "
         f"{len(reference.colours)} coloured backgrounds; for trying, testing and measuring",
         "licence": "Apache-2.0; drawings: Noto Color Emoji, SIL OFL 1.1",
-        "examples": EXAMPLES,
+        "examples": list(EXAMPLES),
         "reference": "reference",
     }
-    (out / "attnswap.json").write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")

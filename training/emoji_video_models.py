@@ -196,10 +196,7 @@ def embed(text_encoder, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def build_transformer(heads: int = 3, layers: int = 6, text_width: int = TEXT_WIDTH):
-    """`WanTransformer3DModel` on single latents; 64 channels a head.
-
-    It starts by predicting zero, and with heads that look at neighbours.
-    """
+    """`WanTransformer3DModel` on single latents; 64 channels a head. It starts by predicting zero."""
     from diffusers import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -214,60 +211,9 @@ def build_transformer(heads: int = 3, layers: int = 6, text_width: int = TEXT_WI
         num_layers=layers,
         cross_attn_norm=True,
     )
-    look_around(model)
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
     return model
-
-
-# Layer, head → where it looks from a token: frames, rows and columns away. The other heads are left to find their own.
-NEIGHBOURS = {
-    (0, 0): (0, 0, -1),
-    (0, 1): (0, 0, 1),
-    (1, 1): (0, 1, 0),
-    (1, 2): (-1, 0, 0),
-    (2, 1): (0, -1, 0),
-    (3, 0): (0, 0, -2),
-    (4, 0): (0, 0, 2),
-    (4, 1): (0, 2, 0),
-    (5, 0): (0, -2, 0),
-    (5, 2): (1, 0, 0),
-}
-SHARPNESS = 4.0  # logit of each of the two fastest rotations of an axis
-CONTENT = 0.3  # what is left of such a head's projections of content
-
-
-@torch.no_grad()
-def look_around(transformer, neighbours: dict[tuple[int, int], tuple[int, int, int]] = NEIGHBOURS) -> None:
-    """Make heads start as looks at a neighbour, which the rotary positions can express by query and key biases alone.
-
-    Without it a transformer that knows places only relative to each other takes most of a short training to find such
-    heads. A query bias (b, 0) and a key bias b·(cos φ, sin φ), turned by θ a place, give b²·cos(θ·distance + φ).
-    """
-    rope = transformer.rope
-    starts = (0, rope.t_dim, rope.t_dim + rope.h_dim)
-    for layer, block in enumerate(transformer.blocks):
-        heads = {head: offset for (at, head), offset in neighbours.items() if at == layer and head < block.attn1.heads}
-        for linear, norm, is_key in (
-            (block.attn1.to_q, block.attn1.norm_q, False),
-            (block.attn1.to_k, block.attn1.norm_k, True),
-        ):
-            rows = linear.weight.square().sum(1) + linear.bias.square()  # mean square output for inputs of variance 1
-            amplitude = 2 * rows.mean().sqrt()
-            for head, offset in heads.items():
-                first = head * 64
-                linear.weight[first : first + 64] *= CONTENT
-                linear.bias[first : first + 64] = 0
-                axes = zip(starts, (rope.t_dim, rope.h_dim, rope.w_dim), offset, strict=True)
-                for start, width, away in axes:
-                    for index in (0, 1):
-                        phase = torch.tensor(-away * 10000 ** (-2 * index / width) if is_key else 0.0)
-                        at = first + start + 2 * index
-                        linear.bias[at : at + 2] = amplitude * torch.stack([phase.cos(), phase.sin()])
-            rows = linear.weight.square().sum(1) + linear.bias.square()
-            for head in heads:
-                # Logits are divided by 8, the root of the width of a head.
-                norm.weight[head * 64 : head * 64 + 64] = (8 * SHARPNESS) ** 0.5 * rows.mean().sqrt() / amplitude
 
 
 class Positions(nn.Module):

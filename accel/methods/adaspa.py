@@ -27,9 +27,9 @@ from .adaspa_state import CallShape, LayerState, Mode, SparsePlan
 from .base import Config, Strategy
 
 _SIDES = (16, 32, 64, 128)
-#: From here on a query's score has left the range in which exponents of the kernels are exact.
-_CLAMPED_FROM = 60.0
-#: More guidance branches than any pipeline has.
+#: How far a query may have moved from its last search, down and up, before exponents of the kernels are clamped.
+_LOWEST_SHIFT, _HIGHEST_SHIFT = -60.0, 59.0
+#: More guidance branches without a name than any pipeline has.
 _TOO_MANY_BRANCHES = 16
 
 
@@ -127,13 +127,20 @@ class AdaSpaStrategy(Strategy):
         return "dense_layers names it" if layer in self._dense else "not self-attention over the picture or clip"
 
     def remove(self) -> None:
-        # Kept for reports, which are asked for after the end of a `with` block, too.
+        self.rest()  # masks are kept for reports, which are asked for after the end of a `with` block, too
+
+    def rest(self) -> None:
+        self._texts.clear()
         for state in self._states.values():
             state.put_away()
 
     def reset(self) -> None:
         #: By guidance branch and layer.
         self._states: dict[tuple[int, str], LayerState] = {}
+        #: Of branches without a name; held, so that no other text can get its address.
+        self._texts: dict[int, Tensor | None] = {}
+        #: Step and branch of all calls.
+        self._called: set[tuple[int, int]] = set()
         #: Layers without numbers, dense for the run.
         self._lost: set[str] = set()
         self._watches: dict[str, Stopwatch] = {}
@@ -152,8 +159,8 @@ class AdaSpaStrategy(Strategy):
         hidden = call.first("hidden_states", "x", "sample")
         like = hidden[0] if isinstance(hidden, list | tuple) else hidden
         if clock.run != self._run:
-            self._states.clear()
-            self._lost.clear()
+            for of_a_run in (self._states, self._texts, self._called, self._lost):
+                of_a_run.clear()
             self._span.begin(like.device)
             self._run = clock.run
         self._span.reach()
@@ -165,19 +172,28 @@ class AdaSpaStrategy(Strategy):
         except UnknownSteps as why:
             recorder.note(f"a call ran dense: {why}", warn=True)
             return
-        phase = Phase.of(clock.step + 1, search_at, clock.steps)
+        phase = Phase.of(clock.step + 1, search_at)
         recorder.remarks["searches"] = searches_in_words(search_at, clock.steps)
         parallel = ContextParallel.of(self.model)
         if parallel is not None and self.config.head_adaptive:
             recorder.remarks["levels"] = "heads are ranked among those of a rank"
         self._give_up_where_there_are_no_numbers(parallel)
-        if clock.branch >= _TOO_MANY_BRANCHES:
+        if (clock.step, clock.branch) in self._called:
+            recorder.note(
+                "two calls of one step have the same text and share their masks; name them by "
+                "model.cache_context(name) if they are not of the same picture",
+                warn=True,
+            )
+        self._called.add((clock.step, clock.branch))
+        if not clock.named and clock.branch >= _TOO_MANY_BRANCHES:
             recorder.note(
                 "a call ran dense: each brings another text tensor, so that guidance branches cannot be told apart; "
                 "pass the same one at each step, or name them by model.cache_context(name)",
                 warn=True,
             )
             return
+        if not clock.named:
+            self._texts.setdefault(clock.branch, None if call.text is None else call.text.detach())
         least, short, late = self.config.min_tokens, set(), False
         # In the order of the model, which is the same on all ranks.
         for name, layout in layouts.items():
@@ -238,7 +254,7 @@ class AdaSpaStrategy(Strategy):
 
     def _attend(self, layout: Layout, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
         plan: SparsePlan = layout.plan
-        state = plan.state
+        plan.ran = True
         dense = None
         if plan.mode is Mode.FIRST and layout.backend is not None:
             # The user's own kernel, as in the steps before: it gives no log-sum-exp.
@@ -249,15 +265,13 @@ class AdaSpaStrategy(Strategy):
         lengths = arrangement.lengths
         if plan.mode is Mode.KEEP_LSE:
             out, lse = kernels.dense_attention(query, key, value, kv_lengths=lengths, return_lse=True)
-            state.lse = lse.detach()
+            plan.state.lse = lse.detach()
         elif plan.mode is Mode.FIRST:
             out = self._search_first(query, key, value, layout, arrangement, dense_known=dense is not None)
         else:
             if plan.mode is Mode.AGAIN:
                 self._search_again(query, key, layout, arrangement)
             out = self._attend_sparsely(query, key, value, layout, lengths)
-        if plan.phase.last:
-            state.put_away()
         self._span.reach()
         return arrangement.restore(out) if dense is None else dense
 
@@ -280,7 +294,7 @@ class AdaSpaStrategy(Strategy):
             with watch.time("search", query.device):
                 scores, lse = kernels.block_scores(query, key, None, block=block, kv_lengths=lengths)
         elif reference is not None:
-            with watch.time("search", query.device):
+            with watch.time("dense_search", query.device):
                 out, lse, scores = kernels.dense_attention_with_scores(
                     query, key, value, reference, block=block, kv_lengths=lengths
                 )
@@ -323,7 +337,10 @@ class AdaSpaStrategy(Strategy):
                 head_adaptive=self.config.head_adaptive,
                 recall_threshold=self.config.recall_threshold,
             )
-            clamped = None if reference is None else (lse - reference >= _CLAMPED_FROM).sum()
+            clamped = None
+            if reference is not None:
+                shift = lse - reference
+                clamped = ((shift <= _LOWEST_SHIFT) | (shift >= _HIGHEST_SHIFT)).sum()
             # The scores would not tell: their exponents are clamped.
             finite = torch.stack([*query.aminmax(), *key.aminmax()]).isfinite().all()
         plan.state.keep(selection, lse, clamped=clamped, finite=finite, phase=plan.phase)

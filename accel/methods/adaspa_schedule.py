@@ -11,7 +11,7 @@ _PUBLISHED_FRACTIONS = (0.2, 0.6)
 
 
 class UnknownSteps(Exception):
-    """Fractions of a run whose length nothing tells; the message says so."""
+    """Steps that depend on the length of a run, which nothing tells; the message says so."""
 
 
 def check_search_steps(search_steps: Sequence[int | float]) -> None:
@@ -37,9 +37,14 @@ def steps_of_run(search_steps: Sequence[int | float], steps: int | None) -> tupl
 
     Raises:
         ValueError: for a step beyond the run.
-        UnknownSteps: for fractions of a run of unknown length.
+        UnknownSteps: for fractions, or the published setting, in a run of unknown length.
     """
-    if tuple(search_steps) == PUBLISHED and steps is not None:
+    if tuple(search_steps) == PUBLISHED:
+        if steps is None:
+            raise UnknownSteps(
+                f"search_steps {PUBLISHED} are scaled to the number of steps, which nothing tells: "
+                "call handle.set_timesteps(timesteps), or give other whole steps"
+            )
         search_steps = _PUBLISHED_FRACTIONS
     found = set()
     for step in search_steps:
@@ -68,21 +73,18 @@ class Phase:
         due: the latest step of a search so far, this one included; None before the first, when attention is dense.
         ends_warm_up: it is the one before the first search.
         searches_again: a later step searches.
-        last: it is the last of the run, as far as that is known.
     """
 
     step: int
     due: int | None
     ends_warm_up: bool
     searches_again: bool
-    last: bool
 
     @classmethod
-    def of(cls, step: int, search_at: Sequence[int], steps: int | None) -> Phase:
+    def of(cls, step: int, search_at: Sequence[int]) -> Phase:
         return cls(
             step=step,
             due=max((at for at in search_at if at <= step), default=None),
             ends_warm_up=step == search_at[0] - 1,
             searches_again=step < search_at[-1],
-            last=step == steps,
         )

@@ -81,7 +81,7 @@ class LayerState:
         self.peak_bytes = max(self.peak_bytes, found.mask.nbytes + lse.nbytes)
 
     def mask_on(self, device: torch.device) -> BlockMask:
-        """The mask, which may have been put away: what was taken for the last step need not have been it."""
+        """The mask, which may have been put away: what was taken for the end of a run need not have been it."""
         assert self.mask is not None
         if self.mask.device != device:
             self.mask = self.mask.to(device)
@@ -114,13 +114,14 @@ def pairs_of(mask: BlockMask, tokens: int) -> Tensor:
 @dataclass
 class SparsePlan:
     """Attention of a layer in one call; `state` is of the layer, read and written by the call, `seat` its place in
-    compiled graphs."""
+    compiled graphs, `ran` whether the layer came to it."""
 
     mode: Mode
     state: LayerState
     phase: Phase
     seat: Tensor
     around: bool = False
+    ran: bool = False
 
     @property
     def searches(self) -> bool:

@@ -189,6 +189,9 @@ class Strategy(abc.ABC):
     def reset(self) -> None:  # noqa: B027 - optional
         """Forget what belongs to a run."""
 
+    def rest(self) -> None:  # noqa: B027 - optional
+        """A pipeline's run is over: leave the device what no report needs there."""
+
     def details(self) -> Details | None:
         """What a report says beyond the counts of calls."""
         return None

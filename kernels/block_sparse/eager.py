@@ -58,7 +58,7 @@ def block_sparse_attention(
     dtype = accumulator(query)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((batch, heads, tokens), dtype=dtype)
-    lengths = [tokens] * batch if kv_lengths is None else kv_lengths.tolist()
+    lengths = [tokens] * batch if kv_lengths is None else kv_lengths.clamp(0, tokens).tolist()
     mask = mask.to("cpu")
     for sample, length in enumerate(lengths):
         kept = unpack(mask.bits[sample], -(-length // mask.block[1]))

@@ -11,6 +11,8 @@ from ..checks import int_pair, shape_of
 
 # Pairs of blocks expanded at once, so that positions in int64 stay below 128 MiB.
 EXPANDED = 2**24
+# Places in a list of kept blocks are int32.
+MAX_LISTED = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,15 @@ class BlockMask:
             (blocks int32 `[capacity]`, starts int32 `[B * H * nQ]`): row r, of all batch entries, heads and query
             blocks in order, keeps ``blocks[starts[r] : starts[r] + counts[r]]``, ascending. What is left of the
             capacity is 0.
+
+        Raises:
+            ValueError: if the capacity does not fit into int32.
         """
+        if self.capacity > MAX_LISTED:
+            raise ValueError(
+                f"a list of blocks has at most {MAX_LISTED} entries, this mask may keep {self.capacity}; "
+                f"use larger blocks than {self.block[0]} x {self.block[1]}"
+            )
         counts = self.counts.flatten()
         ends = counts.cumsum(0)
         # One place more, which takes what is not kept.

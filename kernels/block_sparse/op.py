@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import dispatch
 from ..dispatch import Implementation, Verdict
 from . import checks
-from .mask import BlockMask
+from .mask import MAX_LISTED, BlockMask
 
 DENSE = "dense_attention"
 SCORES = "block_scores"
@@ -80,8 +80,8 @@ def block_scores(
     Args:
         query, key: as in `dense_attention`.
         lse: fp32 `[B, H, S]` (fp64 for fp64), the reference; None for the present one, at the cost of a second pass.
-            A row whose reference is not finite has its present one. Exponents are clamped to -80 and 60: the returned
-            log-sum-exp of a row is exact if it is less than 60 above the reference.
+            A row whose reference is not finite has its present one. Exponents are clamped to -80 and 60: a row is
+            exact if its returned log-sum-exp is less than 59 above the reference and less than 60 below it.
         block: (queries, keys) of a tile, at least 1 each; the last ones may be shorter.
         kv_lengths: as in `dense_attention`; the queries from there on count for nothing in the scores.
         scale: as in `dense_attention`.
@@ -266,6 +266,8 @@ def _triton_can_run(query: Tensor, key: Tensor, **rest: Any) -> Verdict:
     if not all(side in TRITON_BLOCKS for side in block):
         sides = ", ".join(map(str, TRITON_BLOCKS))
         return Verdict(False, f"the sides of a block must be of {sides}, got {block[0]} x {block[1]}")
+    if "mask" in rest and rest["mask"].capacity > MAX_LISTED:
+        return Verdict(False, f"the mask may keep {rest['mask'].capacity} pairs of blocks, more than {MAX_LISTED}")
     tensors = {"query": query, "key": key} | ({"value": rest["value"]} if "value" in rest else {})
     copied = [name for name, x in tensors.items() if x.stride(-1) != 1]
     if copied:

@@ -102,7 +102,7 @@ def select_blocks(
         else:
             rank = _ranks(mass.flatten(1), sought.flatten(1), most * video_rows).view_as(mass)
             limits = wanted[:, part, None, None] * video_rows
-        kept = [(rank < limit) | always for limit in limits]
+        kept = [((rank < limit) & sought) | always for limit in limits]
         bits.append(torch.stack([pack(x) for x in kept]))
         counts.append(torch.stack([x.sum(-1, dtype=torch.int32) for x in kept]))
         held = torch.stack([mass.masked_fill(~x, 0).sum((-2, -1)) for x in kept])

@@ -18,10 +18,11 @@ from .triton_tiles import (
     tile_pointers,
 )
 
-# How far the log-sum-exp of a row may be from its reference for the output of one pass to stand: above, weights were
-# cut off at e ** 60; below, those held up at e ** -80 could count among 2 ** 26 keys.
+# How far the log-sum-exp of a row may be from its reference for the output of one pass to stand: above, weights may
+# have been cut off at e ** 60, which rounding can put below 60; below, those held up at e ** -80 could count among
+# 2 ** 26 keys.
 LOWEST_SHIFT = tl.constexpr(-40.0)
-HIGHEST_SHIFT = tl.constexpr(60.0)
+HIGHEST_SHIFT = tl.constexpr(59.0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

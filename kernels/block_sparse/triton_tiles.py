@@ -88,10 +88,10 @@ def place_of(program, tokens, heads, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def seen_keys(lengths_ptr, sample, tokens, HAS_LENGTHS: tl.constexpr):
-    """How many keys a sample sees."""
+    """How many keys a sample sees, never more than there are: nobody waits for a device to check its lengths."""
     length = tokens
     if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + sample)
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + sample), 0), tokens)
     return length
 
 

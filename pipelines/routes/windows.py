@@ -42,7 +42,7 @@ def weights(length: int) -> torch.Tensor:
 
 
 def rescheduled(noise: torch.Tensor, frames: int, stride: int, generator: torch.Generator) -> torch.Tensor:
-    """The noise of one window, [B, C, W, H, W'], drawn out to `frames`.
+    """The noise of one window, [B, C, F, H, W], drawn out to `frames`.
 
     Every `stride` further frames are the `stride` a window earlier, shuffled: any window has nearly the same noise.
     """
@@ -131,7 +131,7 @@ class _Windowed:
         for number, span in enumerate(first):
             with self._cache_context(f"{self._name}.{number}", **self._where):
                 self._add(module(*args, **_part(kwargs, span))[0], span, frames)
-        # Left by the pipeline, with the context that this one takes the place of.
+        # Left in `_after`; after an exception in the call, the pipeline leaves its own around it, which clears both.
         self._open = self._cache_context(f"{self._name}.{len(first)}", **self._where)
         self._open.__enter__()
         return args, _part(kwargs, self._last)

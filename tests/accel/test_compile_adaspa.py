@@ -8,6 +8,7 @@ from dataclasses import replace
 import attnswap
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from . import video_models
@@ -60,3 +61,20 @@ def test_a_whole_compiled_model_needs_one_graph_more() -> None:
     assert graphs.frame_count == 2
     assert cases.counts_of(handle) == (2, 2, 3)
     assert (handle.report().density, handle.report().searches) == (report.density, report.searches)
+
+
+def test_blocks_that_a_cache_leaves_out_are_not_said_to_have_searched() -> None:
+    """Graphs do not tell, so what layers were to do is counted where they did it."""
+    run = cases.steps(grid=(6, 8), text=7, dtype=torch.float32, name_branches=True)
+    model = cases.flux(heads=2, dtype=torch.float32, num_layers=2, num_single_layers=1)
+    model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            model.transformer_blocks[1].compile(backend="eager")
+        with attnswap.enabled(model, SMALL) as handle:
+            run.of(model, handle)
+            found.append([(x["searches"], x["accelerated_calls"]) for x in cases.layers_of(handle)])
+        model._reset_stateful_cache()
+    assert found[0] == found[1]
+    assert found[0] == [(2, 3), (0, 0), (0, 0)], "only the first block is run after the first step"

@@ -96,6 +96,17 @@ def test_a_run_aborted_in_its_first_step_does_not_count() -> None:
     assert seen[0][-1] != 0
 
 
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("hand", HANDS)
+def test_nor_does_one_over_the_very_list_that_is_then_run(hand: str, start: int) -> None:
+    clock, timesteps = Clock(), timesteps_of("DDIMScheduler")
+    schedule = Schedule(timesteps)
+    clock.tick(HANDS[hand](timesteps[start]), "cond", schedule=schedule)
+    aborted = clock.run
+    seen = walk(clock, timesteps[start:], HANDS[hand], schedule=schedule)
+    assert seen == wanted(4 - start, run=aborted + 1)
+
+
 def test_an_official_step_counts_above_all_and_a_smaller_one_begins_a_run() -> None:
     clock = Clock()
 

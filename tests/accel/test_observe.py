@@ -8,6 +8,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from attnswap.accel.context import Clock
+from attnswap.accel.observe import Observer
 
 from . import tiny, tiny_dit
 from .slim import slim
@@ -89,6 +91,19 @@ def test_removal_leaves_no_trace(name: str) -> None:
         watch.of(lambda: sample(2))
         watch.remove()
     assert watch.of(lambda: sample(2)) == []
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_the_end_of_a_run_is_told_until_removal(name: str) -> None:
+    pipe, sample = sampler(name)
+    model, ends = getattr(pipe, "unet", None) or pipe.transformer, []
+    observer = Observer(model, Clock(), lambda call: None, on_end=lambda: ends.append(observer.clock.step))
+    for runs in (1, 2):
+        sample(2)
+        assert ends == [None] * runs, "the clock has forgotten the run"
+    observer.remove()
+    sample(2)
+    assert len(ends) == 2
 
 
 REPEATING = {

@@ -9,13 +9,13 @@ import pytest
 import torch
 from attnswap.pipelines import load, presets
 from attnswap.pipelines.emoji_reference import Reference, psnr
-from attnswap.training import emoji_evaluate
+from attnswap.training import emoji_evaluate, emoji_video_export
 from attnswap.training.emoji_video_clips import Ask, clip_caption, compose
 from attnswap.training.emoji_video_evaluate import generate, through_autoencoder
 from attnswap.training.emoji_video_judge import judge
 
 FOLDER = load.BUNDLED / "emoji-video"
-ASKED = [("fox", "moving left", "blue"), ("penguin", "moving right", "green"), ("octopus", "moving up", "yellow")]
+ASKED = [("fox", "moving right", "purple"), ("penguin", "moving up", "yellow"), ("cactus", "growing", "yellow")]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def asks(reference: Reference) -> list[Ask]:
 
 def test_shows_what_is_asked_and_moves_it_that_way(pipe, asks: list[Ask], reference: Reference) -> None:
     prompts = [clip_caption(*asked) for asked in ASKED]
-    clips = generate(pipe, prompts, emoji_evaluate.settings(FOLDER), num_inference_steps=8)
+    clips = generate(pipe, prompts, emoji_evaluate.settings(FOLDER), num_inference_steps=4)
     assert clips.shape == (3, 17, 96, 96, 3)
     score = judge(clips, asks, reference)
     assert (score.nearest, score.motion, score.colour) == (1, 1, 1)
@@ -116,6 +116,8 @@ def test_native_settings(reference: Reference, pipe) -> None:
     assert preset.native_side == reference.side == 96
     assert (about["frames"], about["fps"]) == (17, 8)
     assert preset.max_sequence_length == 16 == pipe.tokenizer.model_max_length
+    assert preset.settings_of("adaspa")["min_tokens"] < 1296
+    assert about == emoji_video_export.preset(reference, preset.steps, preset.guidance)
 
 
 def test_vocabulary(pipe, reference: Reference) -> None:

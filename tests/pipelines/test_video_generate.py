@@ -126,6 +126,16 @@ class TestOtherFamilies:
         )
         assert np.array_equal(frames_of(dataclasses.replace(known, frames_dir=apart)), frames_of(known))
 
+    def test_that_make_sound_have_it_left_out_and_that_is_said(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        call = run.Runner._call
+
+        def with_sound(*arguments: Any, **more: Any) -> SimpleNamespace:
+            return SimpleNamespace(frames=call(*arguments, **more).frames, audio=torch.zeros(1, 2, 100))
+
+        monkeypatch.setattr(film.Film, "_call", with_sound)
+        result = generate(dataclasses.replace(job, output=None, steps=1, frames=3))
+        assert result.notices == ("WanPipeline makes sound, too, which is left out.",)
+
 
 def _with(text: dict[str, Any]) -> Callable[..., Any]:
     call = run.Runner._call
@@ -236,10 +246,16 @@ class TestFps:
     def test_is_exact(self, text: str, fps: Fraction) -> None:
         assert clip.parse_fps(text) == fps
 
-    @pytest.mark.parametrize("text", ["fast", "0", "-8", "1/0", "1000", "nan", "inf", ""])
+    @pytest.mark.parametrize("text", ["fast", "0", "-8", "1/0", "1000", "nan", "inf", "", "1e9", "1e-99999999"])
     def test_that_is_none_is_refused(self, text: str) -> None:
         with pytest.raises(BadInput, match="fps"):
             clip.parse_fps(text)
+
+    def test_that_is_too_fine_for_a_file_is_refused_as_such(self) -> None:
+        with pytest.raises(
+            BadInput, match="fps 2400007/100003 is a fraction too fine: its denominator is above 100000"
+        ):
+            clip.parse_fps("2400007/100003")
 
     @pytest.mark.parametrize("preset", [{"fps": "fast"}, {"frames": 0}, {"frames": "9"}])
     def test_of_a_preset_is_checked(self, tmp_path: Path, preset: dict[str, object]) -> None:

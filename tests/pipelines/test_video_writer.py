@@ -97,12 +97,10 @@ class TestMp4:
 
     def test_without_pyav_names_what_to_install(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(save, "has_av", lambda: False)
-        for refused in (
-            lambda: video_writer.check(tmp_path / "a.mp4", None),
-            lambda: save.read_record(tmp_path / "a.mp4"),
-        ):
-            with pytest.raises(BadInput, match=r'pip install "attnswap\[video\]"'):
-                refused()
+        with pytest.raises(BadInput, match=r'pip install "attnswap\[video\]", or name a \.gif, or use --frames-dir\.'):
+            video_writer.check(tmp_path / "a.mp4", None)
+        with pytest.raises(BadInput, match=r'pip install "attnswap\[video\]"\.'):
+            save.read_record(tmp_path / "a.mp4")
         video_writer.check(tmp_path / "a.gif", None)
 
 
@@ -165,6 +163,38 @@ class TestFrames:
         with pytest.raises(BadInput, match="is not empty"):
             video_writer.check(None, folder)
 
+    def test_may_go_to_where_a_link_leads(self, tmp_path: Path) -> None:
+        (tmp_path / "disk").mkdir()
+        link = tmp_path / "link"
+        link.symlink_to("disk", target_is_directory=True)
+        video_writer.check(None, link)
+        write(None, frames_dir=link)
+        assert link.is_symlink()
+        assert len(os.listdir(tmp_path / "disk")) == 12
+        assert sorted(os.listdir(tmp_path)) == ["disk", "link"]
+
+    @pytest.mark.parametrize("name", [".", "../here", "link"])
+    def test_do_not_replace_the_current_folder(
+        self, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "here").mkdir()
+        (tmp_path / "link").symlink_to("here", target_is_directory=True)
+        monkeypatch.chdir(tmp_path / "here")
+        folder = tmp_path / name if name == "link" else Path(name)
+        with pytest.raises(BadInput, match="is the current folder"):
+            video_writer.check(None, folder)
+
+    def test_do_not_replace_a_mount_point(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+        with pytest.raises(BadInput, match="is a mount point"):
+            video_writer.check(None, tmp_path)
+
+    @pytest.mark.parametrize("clip", ["a.gif", "a.gif/b.gif", "link"])
+    def test_and_the_clip_are_not_the_same_nor_one_in_the_other(self, tmp_path: Path, clip: str) -> None:
+        (tmp_path / "link").symlink_to("a.gif")
+        with pytest.raises(BadInput, match="would be the same, or one in the other"):
+            video_writer.check(tmp_path / clip, tmp_path / "a.gif")
+
     def test_need_a_folder_to_be_in(self, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=r"the folder .*no does not exist"):
             video_writer.check(None, tmp_path / "no" / "frames")
@@ -207,6 +237,24 @@ class TestNothingHalfWritten:
         output, folder = (None, tmp_path / name) if name == "frames" else (tmp_path / name, None)
         with pytest.raises(JobFailed, match=f"{name} could not be written: No space left"):
             write(output, frames_dir=folder)
+        assert os.listdir(tmp_path) == []
+
+    def test_and_the_one_of_two_that_failed_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Image.Image, "save", full)
+        with pytest.raises(JobFailed, match=r"frames could not be written"):
+            write(tmp_path / "a.gif", frames_dir=tmp_path / "frames")
+        assert os.listdir(tmp_path) == []
+
+    def test_and_what_fails_elsewhere_is_not_taken_for_a_full_disk(self, tmp_path: Path) -> None:
+        def compiled() -> Iterator[video_writer.Frame]:
+            yield from frames(2)
+            raise FileNotFoundError(2, "No such file or directory", "gcc")
+
+        with pytest.raises(FileNotFoundError, match="gcc"):
+            write(tmp_path / "a.gif", compiled(), frames_dir=tmp_path / "frames")
         assert os.listdir(tmp_path) == []
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

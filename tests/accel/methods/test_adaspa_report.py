@@ -94,6 +94,53 @@ def test_seconds_and_bytes_of_the_parts_make_the_whole() -> None:
     assert denoiser["state_bytes"] == 2 * state.peak_bytes
 
 
+def test_a_first_search_in_one_pass_with_dense_attention_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnswap.accel.methods.adaspa_state.CallShape.fuses", True)
+    model, run = small_run()
+    handle = attnswap.enable(model, replace(SMALL, search_steps=(2,)))
+    run.of(model, handle)
+    [denoiser] = handle.report().to_dict()["denoisers"]
+    assert denoiser["search_seconds"] == 0
+    assert denoiser["dense_search_seconds"] == pytest.approx(
+        sum(layer["dense_search_seconds"] for layer in denoiser["layers"])
+    )
+    assert denoiser["dense_search_seconds"] > 0
+    assert "in those that are one with dense attention" in str(handle.report())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_last_search_that_met_no_numbers_is_told(value: float) -> None:
+    """No call comes after it that could."""
+    model, run = small_run()
+    now = [0]
+
+    def told(step: int, branch: int) -> None:
+        now[0] = step
+
+    run.told = told
+    spoilt = model.transformer_blocks[0].attn
+    spoilt.norm_q.register_forward_hook(lambda module, args, out: out * value if now[0] == 5 else out)
+    spoilt.register_forward_hook(lambda module, args, out: tuple(x.nan_to_num(0, 0, 0) for x in out))
+    handle = attnswap.enable(model, replace(SMALL, search_steps=(2, 5)))
+    run.of(model, handle)
+    said = "1 layers met no numbers in their last search: transformer_blocks.0.attn"
+    assert said in str(handle.report())
+    assert [layer["branches"][0]["kept"] is None for layer in cases.layers_of(handle)] == [True, False]
+
+
+def test_recall_that_came_of_no_numbers_is_not_given() -> None:
+    """It may look as if it were one, as the exponents of scores are clamped."""
+    model, run = small_run()
+    handle = attnswap.enable(model, SMALL)
+    run.of(model, handle)
+    state = model._attnswap.strategies[0]._states[0, "transformer_blocks.0.attn"]
+    state.finite = torch.tensor(False)
+    assert state.recall.isfinite().all()
+    [branch] = cases.layers_of(handle)[0]["branches"]
+    assert [branch[what] for what in ("recall", "kept", "level")] == [None] * 3
+    assert "1 layers met no numbers in their last search" in str(handle.report())
+
+
 def test_it_is_one_readable_screen() -> None:
     pipe, arguments = tiny_dit.wan()
     settings = {"min_tokens": 0, "block": (16, 16), "search_steps": (1,), "dense_layers": (0,)}
@@ -103,7 +150,15 @@ def test_it_is_one_readable_screen() -> None:
     assert len(lines) < 25
     assert max(map(len, lines)) < 160
     assert sum("adaspa on WanTransformer3DModel" in line for line in lines) == 2
-    for said in ("searches at step 1 of 4", "recall", "backend", "dense_layers names it", "lower sparsity", "MiB"):
+    for said in (
+        "searches at step 1 of 4",
+        "density in these layers",
+        "recall",
+        "backend",
+        "dense_layers names it",
+        "lower sparsity",
+        "MiB",
+    ):
         assert any(said in line for line in lines), said
 
 
@@ -152,3 +207,22 @@ def test_rows_that_drifted_beyond_what_is_exact_are_counted() -> None:
     assert drifted > 0
     assert other == 0
     assert f"{drifted} query rows drifted too far" in str(handle.report())
+
+
+@pytest.mark.parametrize(("shift", "counted"), [(58.0, False), (59.5, True), (-59.0, False), (-61.0, True)])
+def test_rows_are_exact_within_59_above_their_reference_and_60_below(
+    monkeypatch: pytest.MonkeyPatch, shift: float, counted: bool
+) -> None:
+    search = kernels.block_scores
+
+    def moved(query: Any, key: Any, lse: Any, **call: Any) -> Any:
+        scores, present = search(query, key, lse, **call)
+        return scores, present if lse is None else lse + shift
+
+    monkeypatch.setattr(kernels, "block_scores", moved)
+    model, run = small_run()
+    handle = attnswap.enable(model, SMALL)
+    run.of(model, handle)
+    for layer in cases.layers_of(handle):
+        [branch] = layer["branches"]
+        assert (branch["clamped_rows"] > 0) == counted

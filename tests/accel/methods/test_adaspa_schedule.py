@@ -33,7 +33,7 @@ def test_the_default_is_that_of_50_steps_scaled(steps: int, wanted: tuple[int, .
         ((0.0, 0.01, 1.0), 8, (1, 8)),
         ((0.5, 4, 0.49), 8, (4,)),
         ((3, 0.5), 9, (3, 4)),
-        ((10, 30), None, (10, 30)),
+        ((10, 29), None, (10, 29)),
         ((1,), None, (1,)),
     ],
 )
@@ -46,6 +46,8 @@ def test_a_step_beyond_the_run_is_refused_with_the_numbers() -> None:
         steps_of_run((2, 9), 8)
     with pytest.raises(UnknownSteps, match=r"handle.set_timesteps\(timesteps\), or give whole steps"):
         steps_of_run((0.2,), None)
+    with pytest.raises(UnknownSteps, match=r"\(10, 30\) are scaled to the number of steps, which nothing tells"):
+        steps_of_run(AdaSpa().search_steps, None)
 
 
 # In runs.
@@ -146,17 +148,22 @@ def test_whole_steps_need_no_number_of_steps() -> None:
     assert "searches at steps 2, 3, dense up to step 2" in str(handle.report())
 
 
-def test_fractions_do_and_until_it_is_told_the_model_stays_dense() -> None:
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [({"search_steps": (0.25,)}, "fractions of a run whose number of steps nothing tells"), ({}, "are scaled to")],
+    ids=["fractions", "default"],
+)
+def test_fractions_do_and_until_it_is_told_the_model_stays_dense(settings: Any, why: str) -> None:
     model, timesteps = small(), [0.9, 0.7, 0.5, 0.3]
-    handle = attnswap.enable(model, AdaSpa(search_steps=(0.25,), **BLOCKS))
-    with pytest.warns(attnswap.AttnswapWarning, match=r"fractions of a run whose number of steps nothing tells"):
+    handle = attnswap.enable(model, AdaSpa(**settings, **BLOCKS))
+    with pytest.warns(attnswap.AttnswapWarning, match=why):
         loop(model, timesteps)
     assert cases.counts_of(handle) == (4, 0, 0)
     assert list(notes(handle).values()) == [4]
     handle.reset()
     handle.set_timesteps(timesteps)
     loop(model, timesteps)
-    assert cases.counts_of(handle) == (1, 1, 3)
+    assert cases.counts_of(handle) == ((1, 1, 3) if settings else (1, 2, 3))
     assert notes(handle) == {}
 
 

@@ -48,6 +48,60 @@ def test_branches_of_guidance_share_nothing(named: bool) -> None:
             assert layer["branches"][branch]["level"] == oracle.memory[branch, number].level.tolist()
 
 
+def test_texts_made_anew_for_each_call_never_share_a_mask() -> None:
+    """The second would lie where the first was, if nobody held that."""
+    model, run = small(), short(count=10)
+    texts = [torch.randn(1, 7, 32, dtype=torch.float64) for _ in range(2)]
+    handle = attnswap.enable(model, CONFIG)
+    handle.set_timesteps(run.timesteps)
+    clock, seen = model._attnswap.context.clock, set()
+
+    def call(timestep: float, which: int) -> None:
+        step = {"timestep": torch.tensor([timestep]), "encoder_hidden_states": texts[which].float()}
+        with torch.no_grad():
+            model(**{**run.inputs, **step})
+        seen.add((clock.branch, which))
+
+    # From the seventeenth on, nothing is remembered.
+    for number in range(16):
+        call(run.timesteps[number // 2], number % 2)
+    assert len(seen) == 16 == len({branch for branch, _ in seen})
+    with pytest.warns(attnswap.AttnswapWarning, match="another text tensor, so that guidance branches cannot be told"):
+        call(run.timesteps[8], 0)
+
+
+@pytest.mark.filterwarnings("error::attnswap.AttnswapWarning")
+def test_branches_that_have_names_may_be_many() -> None:
+    """As windows of a long clip are."""
+    model, run = small(), short(count=3, branches=20, name_branches=True)
+    handle = attnswap.enable(model, replace(CONFIG, search_steps=(1,)))
+    run.of(model, handle)
+    assert cases.counts_of(handle) == (20, 20, 40)
+    assert notes(handle) == {}
+
+
+def test_two_calls_of_a_step_with_the_same_text_are_said_to_share_a_mask() -> None:
+    """Two tiles of one picture, say."""
+    model, run = small(), short()
+    handle = attnswap.enable(model, CONFIG)
+    handle.set_timesteps(run.timesteps)
+
+    def steps(*names: str) -> None:
+        for timestep in run.timesteps:
+            for tile, name in enumerate(names):
+                call = {"hidden_states": run.inputs["hidden_states"] + tile, "timestep": torch.tensor([timestep])}
+                with torch.no_grad(), model.cache_context(name):
+                    model(**{**run.inputs, **call})
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", attnswap.AttnswapWarning)
+        steps("first", "second")
+    handle.reset()
+    handle.set_timesteps(run.timesteps)
+    with pytest.warns(attnswap.AttnswapWarning, match=r"share their masks; name them by model.cache_context\(name\)"):
+        steps("same", "same")
+
+
 def test_pictures_of_one_batch_share_nothing() -> None:
     model, run = small(), short(batch=2)
     with attnswap.enabled(model, CONFIG) as handle:
@@ -204,6 +258,28 @@ def test_what_was_searched_leaves_the_memory_with_the_last_step() -> None:
     # Before each step: of the first run nothing, then the warm-up, one search, and both.
     assert held == [set(), {False}, {True}, {True}, {False}]
     assert all(state.lse is None and state.mask is not None for state in strategy._states.values())
+
+
+def interrupt(pipe: Any, step: int, timestep: Any, arguments: Any) -> Any:
+    pipe._interrupt = step >= 1
+    return arguments
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"], ids=["stopped early", "two transformers"])
+def test_at_the_end_of_a_pipelines_run_it_leaves_all_transformers(name: str) -> None:
+    """Also those that did not get to the last step, and keep a log-sum-exp for a search to come."""
+    pipe, arguments = tiny_dit.PIPELINES[name]()
+    config = replace(CONFIG, search_steps=(1, 5))
+    handle = attnswap.enable(pipe, config)
+    more = {"callback_on_step_end": interrupt} if name == "flux" else {"height": 64, "width": 96}
+    sample(pipe, arguments, **more)
+    models = [pipe.transformer, *([pipe.transformer_2] if name == "wan" else [])]
+    for number, model in enumerate(models):
+        states = model._attnswap.strategies[0]._states.values()
+        assert {state.searched_at for state in states} <= {1, 5} | ({3, 4} if number else set())
+        assert states
+        assert all(state.lse is None and state.mask is not None for state in states)
+    assert handle.report().mask_image(0, 0) is not None
 
 
 # The user's own attention backend.

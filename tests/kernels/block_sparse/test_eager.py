@@ -66,6 +66,17 @@ def test_lengths_that_stay_on_the_device_are_those_that_are_read(small_tiles, le
     close(eager.dense_attention(query, key, value, **call), expected[:2])
 
 
+@pytest.mark.parametrize(("wrong", "length"), [(270, 170), (-100, 0)])
+def test_lengths_that_nobody_checked_are_cut_to_the_keys(tensors, random_mask, wrong, length):
+    """Those on an accelerator."""
+    qkv = tensors(170)
+    mask = random_mask(qkv[0], (32, 32))
+    found, expected = (
+        eager.block_sparse_attention(*qkv, mask, kv_lengths=torch.tensor([x]), scale=0.25) for x in (wrong, length)
+    )
+    close(found, expected, atol=0, rtol=0)
+
+
 def test_rows_gathered_together_are_those_gathered_alone(monkeypatch, tensors, random_mask):
     qkv = tensors(170, heads=3)
     mask = random_mask(qkv[0], (16, 32))

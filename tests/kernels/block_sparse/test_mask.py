@@ -53,6 +53,13 @@ def test_the_list_of_a_row_is_its_kept_blocks_ascending(monkeypatch, expanded, s
         assert blocks[start : start + count].tolist() == row.nonzero().flatten().tolist()
 
 
+def test_a_list_longer_than_int32_can_count_is_refused():
+    made = BlockMask.from_dense(coins(1, 2, 5, 5), (16, 16))
+    mask = BlockMask(made.bits, made.counts, 5, made.block, 2**31)
+    with pytest.raises(ValueError, match=r"at most 2147483647 .* may keep 2147483648; .* larger blocks than 16 x 16"):
+        mask.index()
+
+
 def test_it_says_its_size():
     assert repr(BlockMask.from_dense(coins(1, 2, 5, 5))) == (
         "BlockMask(1 x 2 x 5 x 5, block=(64, 64), 4.77e-05 MiB on cpu)"

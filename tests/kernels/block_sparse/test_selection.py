@@ -241,6 +241,16 @@ class TestLengths:
         assert not kept[..., 9].any()
         assert kept[..., 8:, :9].all()
 
+    @pytest.mark.parametrize("row_uniform", [True, False])
+    def test_rows_that_hold_text_keep_what_is_seen_and_no_more(self, row_uniform):
+        """300 of 640 keys are seen: 5 blocks of 10, of which a row of video keeps 4."""
+        call = {"text": ((600, 640),), "kv_lengths": torch.tensor([300]), "row_uniform": row_uniform}
+        found = select(random_scores(), 0.3, head_adaptive=False, **call)
+        kept = found.mask.to_dense()
+        assert kept[..., 9, :5].all()
+        assert (found.mask.counts[..., 9] == 5).all()
+        assert not kept[..., 5:].any()
+
 
 def test_heads_looked_at_in_parts_give_the_same(monkeypatch):
     scores = random_scores(batch=2, heads=5)

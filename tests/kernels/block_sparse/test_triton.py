@@ -9,12 +9,20 @@ from attnswap.kernels import BlockMask, dispatch
 from attnswap.kernels.block_sparse import reference
 from attnswap.kernels.targets import TARGETS
 
+triton = pytest.importorskip("triton")
 triton_backend = pytest.importorskip("attnswap.kernels.block_sparse.triton")
+tl, triton_tiles = triton.language, pytest.importorskip("attnswap.kernels.block_sparse.triton_tiles")
 pytestmark = pytest.mark.skipif(not dispatch.triton_interprets(), reason="TRITON_INTERPRET is not set")
 
 EXACT = {"atol": 2e-6, "rtol": 1e-5}
 HALF = {"atol": 2e-3, "rtol": 1e-3}
 TOKENS = 70
+
+
+@triton.jit
+def lengths_kernel(lengths_ptr, found_ptr, tokens):
+    sample = tl.program_id(0)
+    tl.store(found_ptr + sample, triton_tiles.seen_keys(lengths_ptr, sample, tokens, True))
 
 
 def near(found, expected, tolerance=EXACT):
@@ -76,6 +84,31 @@ def test_blocks_past_the_seen_keys_are_cut_off_the_lists(tensors, random_mask, l
         near(x, expected)
 
 
+def test_lengths_that_nobody_checked_are_cut_to_the_keys():
+    """Those on a GPU. Below 0 the walk along a list would have no end."""
+    lengths = torch.tensor([-200, -1, 0, 30, TOKENS, TOKENS + 100], dtype=torch.int32)
+    found = torch.full_like(lengths, 7)
+    lengths_kernel[(len(lengths),)](lengths, found, TOKENS)
+    assert found.tolist() == [0, 0, 0, 30, TOKENS, TOKENS]
+
+
+def test_no_kernel_looks_beyond_the_keys(tensors, random_mask):
+    """Where others' memory lies; here, more of the same."""
+    query, key, value = (x[:, :40] for x in tensors(240, heads=1))
+    mask = random_mask(query, (16, 32))
+    lse = reference.dense_attention(query, key, value, kv_lengths=None, scale=0.25)[1]
+
+    def all_four(kv_lengths):
+        call = {"kv_lengths": kv_lengths, "scale": 0.25}
+        yield from triton_backend.dense_attention(query, key, value, **call)
+        yield from triton_backend.block_scores(query, key, None, block=(16, 32), **call)
+        yield from triton_backend.dense_attention_with_scores(query, key, value, lse, block=(16, 32), **call)
+        yield from triton_backend.block_sparse_attention(query, key, value, mask, **call)
+
+    for found, expected in zip(all_four(torch.tensor([140])), all_four(None), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_lists_are_those_of_the_mask(monkeypatch, tensors, random_mask):
     monkeypatch.setattr(triton_backend, "CHUNK", 16)  # several steps for a row of 44 blocks
     mask = random_mask(tensors(700)[0], (128, 16))
@@ -102,7 +135,7 @@ def test_only_rows_without_a_reference_get_their_own(tensors):
     near(found[~kept], present[~kept])
 
 
-@pytest.mark.parametrize("shift", [0.0, 59.0, 70.0, -39.0, -200.0])
+@pytest.mark.parametrize("shift", [0.0, 58.0, 61.0, 70.0, -39.0, -200.0])
 def test_one_pass_is_right_however_far_off_the_reference_is(tensors, shift):
     """Past 60 the weights are cut off, far below 0 they are held up; such tiles are attended to once more."""
     query, key, value = tensors(TOKENS, heads=1)
@@ -117,11 +150,22 @@ def test_one_pass_is_right_however_far_off_the_reference_is(tensors, shift):
     torch.testing.assert_close(found[2], scores, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [61.0, 200.0])
+def test_rows_cut_off_at_60_are_found_though_rounding_may_put_them_below(tensors, shift):
+    """With a single key nothing but its cut weight, e ** 60, tells that the reference was too far off."""
+    qkv = tensors(TOKENS)
+    call = {"kv_lengths": torch.tensor([1]), "scale": 0.25}
+    _, lse = reference.dense_attention(*qkv, **call)
+    _, found, _ = triton_backend.dense_attention_with_scores(*qkv, lse - shift, block=(32, 16), **call)
+    near(found, lse)
+
+
 def test_tiles_near_their_reference_are_not_attended_to_once_more(tensors):
     qkv = tensors(TOKENS, heads=1)
     _, lse = reference.dense_attention(*qkv, kv_lengths=None, scale=0.25)
     given = lse.clone()
     given[..., 40] -= 61
+    given[..., 10] -= 58
     out, found = torch.full_like(qkv[0], 7.0), lse.clone()
     triton_backend._dense(*qkv, None, 0.25, given, out, found)
     far = torch.arange(TOKENS) // 32 == 1  # the tile of query 40
@@ -177,3 +221,11 @@ def test_other_blocks_are_left_to_the_eager_backend(tensors, random_mask, block)
     qkv = tensors(TOKENS)
     with kernels.use_backend("triton"), pytest.raises(ValueError, match=f"got {block[0]} x {block[1]}"):
         kernels.block_sparse_attention(*qkv, random_mask(qkv[0], block))
+
+
+def test_a_mask_too_large_for_its_lists_is_left_to_the_eager_backend(tensors, random_mask):
+    qkv = tensors(TOKENS)
+    made = random_mask(qkv[0], (16, 16))
+    mask = BlockMask(made.bits, made.counts, made.key_blocks, made.block, 2**31)
+    with kernels.use_backend("triton"), pytest.raises(ValueError, match="may keep 2147483648 pairs of blocks"):
+        kernels.block_sparse_attention(*qkv, mask)
