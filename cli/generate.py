@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
         help="make one picture or clip from a prompt",
         description="Make one picture or clip from a prompt. The rest is as in the model's preset.",
         epilog='e.g. attnswap generate "a fox" --width 256 --height 256 --method hidiffusion\n'
-        '     attnswap generate "a fox moving left" --frames 65 --method adaspa -o fox.mp4',
+        '     attnswap generate "a fox moving left" --method adaspa -o fox.mp4',
         formatter_class=Listing,
     )
     parser.add_argument(

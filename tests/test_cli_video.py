@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +128,7 @@ class TestWithoutAModel:
         document = json.loads(Path("clip.json").read_text())
         assert document["job"]["model"] == "emoji-video"
         assert document["job"]["frames"] == 9
-        assert document["report"]["adaspa"]["searches"] == [1]
+        assert document["report"]["searches"] > 0
 
 
 @pytest.mark.usefixtures("no_steps")
@@ -178,33 +178,30 @@ class TestWrongUseIsSaidBeforeAnyStep:
         refused(attnswap("generate", "a fox", "-m", tiny_wan), 'pip install "attnswap[video]"')
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to another process")
-def test_ctrl_c_while_frames_are_written_leaves_nothing(tiny_wan: Path, tmp_path: Path) -> None:
-    script = (
-        # A shell that runs the tests in the background has them ignore SIGINT.
-        "import signal, sys, diffusers, time\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "decode = diffusers.AutoencoderKLWan.decode\n"
-        "count = 0\n"
-        "def slow(*a, **k):\n"
-        "    global count\n"
-        "    count += 1\n"
-        "    if count == 3:\n"
-        "        print('frame', flush=True)\n"
-        "        time.sleep(60)\n"
-        "    return decode(*a, **k)\n"
-        "diffusers.AutoencoderKLWan.decode = slow\n"
-        "from attnswap.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    flags = ["-m", str(tiny_wan), "--steps", "1", "-o", "fox.gif", "--frames-dir", "fox"]
-    command = [sys.executable, "-c", script, "generate", "a fox", *flags]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "frame\n"
-    assert any(path.name.endswith(".part") for path in tmp_path.iterdir())
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "interrupted" in err
-    assert list(tmp_path.iterdir()) == []
+def test_ctrl_c_while_frames_are_written_leaves_nothing(
+    attnswap: Cli, tiny_wan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import AutoencoderKLWan
+
+    decode, half_written = AutoencoderKLWan.decode, list[str]()
+    calls = itertools.count(1)
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        if next(calls) == 3:
+            half_written.extend(os.listdir())
+            signal.raise_signal(signal.SIGINT)
+        return decode(*arguments, **more)
+
+    monkeypatch.setattr(AutoencoderKLWan, "decode", interrupted)
+    # A shell that runs the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        status, _, err = attnswap(
+            "generate", "a fox", "-m", tiny_wan, "--steps", 1, "-o", "fox.gif", "--frames-dir", "fox"
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (status, err) == (130, "attnswap: interrupted; no file was left half-written.\n")
+    assert len(half_written) == 2
+    assert all(name.endswith(".part") for name in half_written)
+    assert os.listdir() == []

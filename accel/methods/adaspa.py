@@ -139,8 +139,7 @@ class AdaSpaStrategy(Strategy):
         self._states: dict[tuple[int, str], LayerState] = {}
         #: Of branches without a name; held, so that no other text can get its address.
         self._texts: dict[int, Tensor | None] = {}
-        #: Step and branch of all calls.
-        self._called: set[tuple[int, int]] = set()
+        self._called: set[tuple[int, int]] = set()  # step and branch
         #: Layers without numbers, dense for the run.
         self._lost: set[str] = set()
         self._watches: dict[str, Stopwatch] = {}
@@ -306,11 +305,9 @@ class AdaSpaStrategy(Strategy):
         return out
 
     def _search_again(self, query: Tensor, key: Tensor, layout: Layout, arrangement: Arrangement) -> None:
-        reference = layout.plan.state.lse
+        reference, block = layout.plan.state.lse, self.config.block
         with self._watch(layout.layer).time("search", query.device):
-            scores, lse = kernels.block_scores(
-                query, key, reference, block=self.config.block, kv_lengths=arrangement.lengths
-            )
+            scores, lse = kernels.block_scores(query, key, reference, block=block, kv_lengths=arrangement.lengths)
         self._keep(query, key, scores, lse, reference, layout, arrangement)
 
     @torch.no_grad()
