@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = (760, 420)
-LEFT, RIGHT, TOP, BOTTOM = 70, 190, 40, 56
+LEFT, RIGHT, TOP, BOTTOM = 70, 190, 64, 56
 # Of Okabe and Ito: told apart by colour-blind people, too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, GRID = "#222222", "#dddddd"
@@ -42,7 +42,7 @@ def line_chart(
         draw.text((place(x, spans[1][0])[0], SIZE[1] - BOTTOM + 8), f"{x:.2f}", INK, small, anchor="mt")
     draw.text((LEFT, 12), title, INK, font)
     draw.text(((LEFT + SIZE[0] - RIGHT) / 2, SIZE[1] - 8), across, INK, small, anchor="mb")
-    draw.text((8, TOP - 6), upwards, INK, small, anchor="ls")
+    draw.text((8, TOP - 12), upwards, INK, small, anchor="ls")
     for number, (name, line) in enumerate(series.items()):
         colour = COLOURS[number % len(COLOURS)]
         path = [place(*point) for point in sorted(line)]
