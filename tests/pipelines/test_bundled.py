@@ -8,16 +8,24 @@ import pytest
 from attnswap.pipelines import load, presets
 from attnswap.pipelines.generate import generate
 from attnswap.pipelines.job import Job
+from PIL import Image
 
 
 @pytest.mark.parametrize("name", load.bundled())
 class TestEveryBundledModel:
-    def test_makes_a_picture_at_twice_its_native_side(self, name: str, tmp_path: Path) -> None:
-        side = 2 * (presets.read(load.find(name).folder).native_side or 0)
-        method = "hidiffusion" if "unet" in load.find(name).denoisers else "clear"
-        job = Job(prompt="a fox", output=tmp_path / "fox.png", model=name, width=side, height=side, steps=2)
+    def test_works_at_twice_its_native_side(self, name: str, tmp_path: Path) -> None:
+        preset = presets.read(load.find(name).folder)
+        side = 2 * (preset.native_side or 0)
+        method, suffix, frames = "clear", ".png", None
+        if "unet" in load.find(name).denoisers:
+            method = "hidiffusion"
+        elif preset.frames:
+            method, suffix, frames = "adaspa", ".gif", 5
+        output = tmp_path / f"fox{suffix}"
+        job = Job(prompt="a fox", output=output, model=name, width=side, height=side, frames=frames, steps=2)
         result = generate(Job(**{**vars(job), "methods": {method: {}}}))
-        assert result.image.size == (side, side)
+        with Image.open(output) as image:
+            assert image.size == (side, side)
         assert result.report is not None
         assert result.report.to_dict()["density"] < 1
 

@@ -10,7 +10,7 @@ from attnswap.pipelines.errors import BadInput
 from attnswap.pipelines.routes import ROUTES, Stage, plan
 from attnswap.pipelines.routes.plan import base_size, every, rounded_down, rounded_up
 
-CLIMBING = [route for route in ROUTES if route != "direct"]
+CLIMBING = [route for route in ROUTES if route not in ("direct", "windows")]
 
 
 def stages(route: str, width: int, height: int, **more: Any) -> tuple[Stage, ...]:
