@@ -17,7 +17,7 @@ FRAMES_PER_SECOND = 8
 EXAMPLES = (
     "a fox moving left on a green background",
     "a penguin growing on a blue background",
-    "a giraffe turning on a purple background",
+    "a giraffe moving up on a purple background",
 )
 
 
@@ -44,7 +44,7 @@ def preset(reference: Reference, steps: int, guidance: float) -> dict[str, Any]:
         "guidance": guidance,
         "max_sequence_length": TEXT_LENGTH,
         "methods": {"adaspa": {"min_tokens": 512}},  # a clip has 1296, less than the method's default
-        "description": f"clips of {len(reference.names)} animals, plants and food as emoji that move, grow or turn on "
+        "description": f"clips of {len(reference.names)} animals, plants and food as emoji that move or grow on "
         f"{len(reference.colours)} coloured backgrounds; for trying, testing and measuring",
         "licence": "Apache-2.0; drawings: Noto Color Emoji, SIL OFL 1.1",
         "examples": list(EXAMPLES),
