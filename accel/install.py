@@ -33,6 +33,7 @@ class Installation:
         clock: shared by the denoisers of a pipeline.
         pipeline: the pipeline that was enabled, if it was one.
         entry: the module a pipeline calls, where that is a compiled wrapper of `model`.
+        least: by method, tokens in its largest attention below which a call runs dense.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Installation:
         *,
         pipeline: Any = None,
         entry: nn.Module | None = None,
+        least: Mapping[str, int] | None = None,
     ) -> None:
         self.model = model
         self.family = family_of(model)
@@ -59,6 +61,7 @@ class Installation:
         self._places = self.family.places(model)
         self._pipeline = pipeline
         self._entry = entry
+        self._least = dict(least or {})
         self._observer: Observer | None = None
         self._passive = False
 
@@ -178,7 +181,19 @@ class Installation:
         if (parallel := ContextParallel.of(self.model)) is not None:
             exchanged = f"accelerated layers exchange heads for tokens over {parallel.ranks} ranks"
             self.recorder.remarks["parallel"] = f"context parallel: {exchanged}"
-        layouts = {name: slot.layout for name, slot in self.slots.items()}
+        self.plan(call, {name: slot.layout for name, slot in self.slots.items()})
+        for name, slot in self.slots.items():
+            in_graph = call.compiled or self._block_of(name)._compiled_call_impl is not None
+            if in_graph and slot.layout.grid:
+                tokens = slot.layout.place.tokens
+                self.recorder.plan(name, PlannedCall(call.batch, tokens, slot.layout.plan))
+
+    def plan(self, call: Call, layouts: Mapping[str, Layout]) -> None:
+        """Have each method say what its layers are to do in a call.
+
+        Args:
+            layouts: by layer; those of layers that no method has only get their place.
+        """
         try:
             places = self._places(call.arguments)
         except NoGrid as why:
@@ -186,15 +201,24 @@ class Installation:
             self.recorder.note(f"a call ran dense: {why}", warn=True)
         for name, layout in layouts.items():
             layout.place, layout.plan = places.get(name, Place()), None
-            layout.backend = chosen_backend(self.slots[name].original)
+            if name in self.slots:
+                layout.backend = chosen_backend(self.slots[name].original)
         # Those that change the size of the maps come first, so that the others plan for what will be there.
-        for strategy in sorted(self.strategies, key=lambda strategy: not strategy.resizes):
+        for strategy in sorted(self._at_work(places), key=lambda strategy: not strategy.resizes):
             strategy.begin(call, layouts)
-        for name, slot in self.slots.items():
-            in_graph = call.compiled or self._block_of(name)._compiled_call_impl is not None
-            if in_graph and slot.layout.grid:
-                tokens = slot.layout.place.tokens
-                self.recorder.plan(name, PlannedCall(call.batch, tokens, slot.layout.plan))
+
+    def _at_work(self, places: Mapping[str, Place]) -> list[Strategy]:
+        """The methods that are to act in a call with tokens at these places: not those that it is too small for."""
+        longest = max((places[name].tokens for name in self.slots if name in places), default=0)
+        chosen = []
+        for strategy in self.strategies:
+            least = self._least.get(strategy.config.name, 0)
+            if longest and longest < least:
+                name = strategy.config.name
+                self.recorder.note(f"a call over {longest:,} tokens ran without {name}, which breaks even at {least:,}")
+            else:
+                chosen.append(strategy)
+        return chosen
 
     def _block_of(self, layer: str) -> nn.Module:
         return self.model.get_submodule(layer.rpartition(".")[0])

@@ -207,6 +207,20 @@ class Report:
         """Layer searches."""
         return sum(denoiser["searches"] for denoiser in self.denoisers)
 
+    def summary(self) -> dict[str, Any]:
+        """A few lines of JSON: what ran, how densely, and what deviated."""
+        layers = [layer for denoiser in self.denoisers for layer in denoiser["layers"] if layer["accelerated"]]
+        return {
+            "methods": list(self.denoisers[0]["method"]),
+            "density": self.density,
+            "accelerated_calls": sum(layer["accelerated_calls"] for layer in layers),
+            "dense_calls": sum(layer["dense_calls"] for layer in layers),
+            "searches": self.searches,
+            "backends": sorted({layer["backend"] for layer in layers if layer["backend"]}),
+            "remarks": list(dict.fromkeys(remark for d in self.denoisers for remark in d["remarks"])),
+            "notes": list(dict.fromkeys(note["text"] for d in self.denoisers for note in d["notes"])),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON document; `density` and `config` are those of the whole, `denoisers` has the details."""
         return {

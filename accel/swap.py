@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import auto
 from .context import Clock
 from .errors import AttnswapWarning, UnsupportedModel
 from .families import family_of
@@ -75,20 +76,14 @@ def enable(target: Any, method: Method) -> Handle:
 
     Args:
         target: a pipeline, a modular pipeline, or a denoiser such as `pipe.unet`.
-        method: a name (`attnswap.methods()`), a configuration, or a list of these.
+        method: a name (`attnswap.methods()`), a configuration, or a list of these; or "auto", which takes what suits
+            the model and is installed, and leaves calls dense that are too small for it.
 
     Raises:
         UnsupportedModel: if the method cannot apply to any layer; nothing has been changed then.
         ValueError: for an unknown method, or methods that cannot be combined.
     """
-    configs = _configs(method)
-    denoisers = _denoisers(target)
-    clock = Clock()
-    pipeline = None if isinstance(target, nn.Module) else target
-    planned = [
-        Installation(model, configs, clock, pipeline=pipeline, entry=None if entry is model else entry)
-        for model, entry in denoisers
-    ]
+    planned, clock = _planned(target, method)
     for installation in planned:
         installation.prepare()
     disable(target)
@@ -125,13 +120,10 @@ def inspect(target: Any, method: Method) -> Inspection:
     Raises:
         UnsupportedModel: as `enable` does.
     """
-    configs = _configs(method)
-    pipeline = None if isinstance(target, nn.Module) else target
-    denoisers = _denoisers(target)
-    planned = [Installation(model, configs, Clock(), pipeline=pipeline) for model, _ in denoisers]
+    planned, _ = _planned(target, method)
     return Inspection(
         model=", ".join(installation.recorder.model for installation in planned),
-        method=" + ".join(config.name for config in configs),
+        method=" + ".join(planned[0].recorder.methods),
         layers=tuple(record.plan for installation in planned for record in installation.recorder.layers.values()),
         remarks=tuple(text for installation in planned for text in installation.recorder.remarks.values()),
     )
@@ -151,9 +143,8 @@ def attn_processors(model: nn.Module, method: Method) -> dict[str, Any]:
     Returns:
         A processor for every key that `set_attn_processor` expects.
     """
-    configs = _configs(method)
-    [(model, entry)] = _denoisers(model)
-    installation = Installation(model, configs, Clock(), entry=None if entry is model else entry)
+    [installation], _ = _planned(model, method)
+    model = installation.model
     installation.prepare()
     if (before := installed_in(model)) is not None:
         before.remove()
@@ -175,8 +166,37 @@ def attn_processors(model: nn.Module, method: Method) -> dict[str, Any]:
     }
 
 
+def _planned(target: Any, method: Method) -> tuple[list[Installation], Clock]:
+    """What is to be installed in each denoiser of a target, and the clock that they share."""
+    is_auto = isinstance(method, str) and method == auto.AUTO
+    configs = [] if is_auto else _configs(method)
+    denoisers = _denoisers(target)
+    pipeline = None if isinstance(target, nn.Module) else target
+    choice = auto.Choice(tuple(configs), "")
+    if is_auto:
+        choice = auto.choose_for(denoisers[0][0], pipeline)
+    clock = Clock()
+    planned = [
+        Installation(
+            model,
+            choice.configs,
+            clock,
+            pipeline=pipeline,
+            entry=None if entry is model else entry,
+            least=choice.least,
+        )
+        for model, entry in denoisers
+    ]
+    if choice.why:
+        for installation in planned:
+            installation.recorder.remarks["auto"] = choice.why
+    return planned, clock
+
+
 def _configs(method: Method) -> list[Config]:
     given: list[Any] = list(method) if isinstance(method, list | tuple) else [method]
+    if any(isinstance(entry, str) and entry == auto.AUTO for entry in given):
+        raise ValueError("auto chooses by itself: give it alone, not in a list")
     configs = sorted((config_of(entry) for entry in given), key=lambda config: config.name)
     check_combination(configs)
     return configs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 SHOWN = 12
 BLACKED_OUT = "the model's safety checker has blacked the picture out. Try another --seed or prompt."
@@ -15,6 +16,19 @@ class BadInput(ValueError):
 
 class JobFailed(RuntimeError):
     """The request was fine, the work was not: out of memory, not-a-number, a full disk."""
+
+
+class NotWritten(JobFailed):
+    """A file could not be written: a full disk, a folder that is gone.
+
+    Args:
+        path: of the file.
+        error: of the system.
+    """
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"{path} could not be written: {error.strerror or error}")
+        self.errno = error.errno
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -1,11 +1,11 @@
-"""A job → the frames of its clip, one after the other."""
+"""A job, or several at once → the frames of their clips, one after the other."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,8 +13,10 @@ import torch
 from . import clip, decode_video
 from .errors import JobFailed
 from .routes import Stage, windows
-from .run import Runner
+from .run import Runner, generator
 from .video_writer import Frame
+
+Made = TypeVar("Made")
 
 # Their last act is to decode all latents at once; so they can be stopped there, and the rest done in chunks.
 DECODE_LAST = (
@@ -28,69 +30,79 @@ DECODE_LAST = (
 
 
 class Film(Runner):
-    """Shoots a clip."""
+    """Shoots clips."""
 
-    def shoot(self, stage: Stage) -> Iterator[Frame]:
-        """The frames as they are decoded; all denoising comes before the first.
+    def shoot(self, stage: Stage) -> Iterator[Iterator[Frame]]:
+        """Each job's frames as they are decoded, to be taken before the next job's; all denoising comes first.
 
         Raises:
             BadInput: the pipeline refuses before any step.
             JobFailed: out of memory, not-a-number, black frames only.
         """
-        job = self.job
-        assert job.frames is not None
         self._progress.begin(stage)
         if self._methods:
             self._methods.enter(stage)
-        lit = False
         with self._failures(stage):
-            for pixels in self._timed(self._chunks(stage)):
+            for chunks in self._timed(self._clips(stage)):
+                yield self._developed(self._timed(chunks), stage)
+
+    def _developed(self, chunks: Iterator[torch.Tensor], stage: Stage) -> Iterator[Frame]:
+        job, lit = self.job, False
+        assert job.frames is not None
+        with self._failures(stage):
+            for pixels in chunks:
                 if not torch.isfinite(pixels).all():
                     raise JobFailed(f"not-a-number in the decoded frames in {job.dtype}.{self._try()}")
                 array = (pixels.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
                 lit = lit or bool(array.any())
                 for frame in array:
                     yield frame
-                    self._progress.frame_done(job.frames)
+                    self._progress.frame_done(job.frames * len(self._jobs))
         if not lit:
             raise JobFailed(f"the clip is black all over.{self._try()}")
 
-    def _timed(self, chunks: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Counts the seconds in which `chunks` works, not those in which the frames are written."""
+    def _timed(self, work: Iterator[Made]) -> Iterator[Made]:
+        """Counts the seconds in which `work` works, not those in which the frames are written."""
         while True:
             start = time.perf_counter()
-            chunk = next(chunks, None)
+            made = next(work, None)
             self.seconds += time.perf_counter() - start
-            if chunk is None:
+            if made is None:
                 return
-            yield chunk
+            yield made
 
-    def _chunks(self, stage: Stage) -> Iterator[torch.Tensor]:
-        """Frames [F, 3, H, W] in 0..1, fp32 on the CPU."""
+    def _clips(self, stage: Stage) -> Iterator[Iterator[torch.Tensor]]:
+        """For each job its frames in chunks [F, 3, H, W] in 0..1, fp32 on the CPU."""
         pipe = self._pipe
         streamed = type(pipe).__name__ in DECODE_LAST and decode_video.streams(pipe.vae)
         if not streamed:
             parts = f"{type(pipe).__name__} with {type(pipe.vae).__name__}"
             self._say(f"{parts}: decoded whole, so memory grows with the number of frames.")
-            yield self._frames(stage)[0].float().cpu()
+            for frames in self._frames(stage):
+                yield iter([frames.float().cpu()])
             return
         with _stopped_before_decoding(pipe.vae) as kept:
             self._frames(stage)
         [(latents, arguments)] = kept
+        if said := decode_video.remark(pipe.vae, latents):
+            self._say(f"{said}.")
+        for index in range(len(latents)):
+            yield self._decoded(latents[index : index + 1], [_of_one(value, index, latents) for value in arguments])
+        pipe.maybe_free_model_hooks()
+
+    def _decoded(self, latents: torch.Tensor, arguments: list[Any]) -> Iterator[torch.Tensor]:
+        pipe = self._pipe
 
         @torch.no_grad()
         def decode(part: torch.Tensor) -> torch.Tensor:
             decoded: torch.Tensor = pipe.vae.decode(part, *arguments, return_dict=False)[0]
             return decoded
 
-        if said := decode_video.remark(pipe.vae, latents):
-            self._say(f"{said}.")
         for chunk in decode_video.chunks(pipe.vae, decode, latents):
             yield pipe.video_processor.postprocess_video(chunk, output_type="pt")[0].float().cpu()
-        pipe.maybe_free_model_hooks()
 
     def _frames(self, stage: Stage) -> torch.Tensor:
-        """What the pipeline makes of the job, [1, F, 3, H, W] in 0..1."""
+        """What the pipeline makes of the jobs, [B, F, 3, H, W] in 0..1."""
         job, pipe = self.job, self._pipe
         assert job.frames is not None
         assert job.fps is not None
@@ -127,10 +139,16 @@ class Film(Runner):
             window=job.window,
             frames=frames,
             stride=window - overlap,
-            generator=self._generator(),
+            generator=generator(job.seed),
         )
         with windows.windowed(pipe, window, overlap):
             yield {"latents": noise}
+
+
+def _of_one(value: Any, index: int, latents: torch.Tensor) -> Any:
+    """What `value`, an argument of decoding, is for one of the clips."""
+    of_each = isinstance(value, torch.Tensor) and value.ndim and len(value) == len(latents)
+    return value[index : index + 1] if of_each else value
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from .clip import parse_fps
 from .errors import BadInput
+from .model_options import Lora
 
 MAX_SIDE = 16384
 
@@ -40,10 +42,34 @@ ADDED: dict[str, tuple[tuple[type, ...], Any]] = {
     "fps": ((str, type(None)), None),
     "window": ((int, type(None)), None),
     "overlap": ((int, type(None)), None),
+    "image": ((str, type(None)), None),
+    "strength": ((float, int, type(None)), None),
+    "loras": ((list,), []),
+    "scheduler": ((str, type(None)), None),
+    "compile": ((bool,), False),
+    "batch": ((dict, type(None)), None),
 }
 # Where one of these changes, what the preset filled in for the old one no longer holds.
-RESOLVES = ("model", "width", "height", "frames", "steps", "route")
+RESOLVES = ("model", "width", "height", "frames", "steps", "route", "image")
 OPEN = ("width", "height", "steps", "guidance")
+# What is each picture's own where several share a call.
+_OWN = ("prompt", "negative", "seed")
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What went through the pipeline in one call; in other company, a picture may be rounded differently.
+
+    Attributes:
+        index: Which of them the picture is.
+        of: The prompt, negative prompt and seed of each.
+    """
+
+    index: int
+    of: tuple[tuple[str, str | None, int], ...]
+
+    def to_record(self) -> dict[str, Any]:
+        return {"index": self.index, "of": [dict(zip(_OWN, each, strict=True)) for each in self.of]}
 
 
 @dataclass(frozen=True)
@@ -66,6 +92,12 @@ class Job:
         fps: Frames a second, exactly.
         window: Frames that the denoiser sees at a time, where the route goes by windows.
         overlap: Frames that a window shares with the one before.
+        image: A picture to begin with: image-to-image, or the first frame where the model makes clips of pictures.
+        strength: How much of the schedule image-to-image runs, in (0, 1].
+        loras: Adapters, all at once.
+        scheduler: Class name in Diffusers, in place of the model's own.
+        compile: The denoisers by `torch.compile`.
+        batch: What shared the call of the pipeline that made it; see `Companions`.
         frames_dir: A folder for the frames of a clip as PNGs; without `output` it is all that is written.
         keep_stages: Leave the pictures of the stages behind.
         asked: What a job that came from a record was asked for, before anything was filled in.
@@ -95,13 +127,22 @@ class Job:
     fps: Fraction | None = None
     window: int | None = None
     overlap: int | None = None
+    image: Path | None = None
+    strength: float | None = None
+    loras: tuple[Lora, ...] = ()
+    scheduler: str | None = None
+    compile: bool = False
+    batch: Companions | None = None
     frames_dir: Path | None = None
     keep_stages: bool = False
     asked: dict[str, Any] | None = None
 
     def to_record(self) -> dict[str, Any]:
         """The recorded fields as JSON knows them, lists for tuples and text for fractions."""
-        return _plain({name: getattr(self, name) for name in (*RECORDED, *ADDED)})
+        fields = {name: getattr(self, name) for name in (*RECORDED, *ADDED)}
+        fields["loras"] = [dataclasses.asdict(lora) for lora in self.loras]
+        fields["batch"] = self.batch and self.batch.to_record()
+        return _plain(fields)
 
 
 def from_record(record: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +178,8 @@ def again(record: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _changed(fields: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     changed = {**fields, **changes}
+    if changes:
+        changed["batch"] = None  # another picture has no company to keep
     if changed["route"] != fields["route"] and "strengths" not in changes:
         changed["strengths"] = None
     if "methods" in changes:
@@ -167,4 +210,23 @@ def _checked(record: dict[str, Any], *, resolved: bool) -> dict[str, Any]:
         fields["strengths"] = tuple(strengths)
     if fields["fps"] is not None:
         fields["fps"] = parse_fps(fields["fps"])
+    if fields["image"] is not None:
+        fields["image"] = Path(fields["image"])
+    try:
+        fields["loras"] = tuple(Lora(**lora) for lora in fields["loras"])
+        fields["batch"] = fields["batch"] and _companions(**fields["batch"])
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"the attnswap metadata does not say how the picture was made: {error}.") from error
     return fields
+
+
+def _companions(index: Any, of: Any) -> Companions:
+    """
+    Raises:
+        TypeError, ValueError: not what `Companions.to_record` gives.
+    """
+    whole = all(isinstance(each, dict) and isinstance(each.get(name), RECORDED[name]) for each in of for name in _OWN)
+    company = tuple((each["prompt"], each.get("negative"), each["seed"]) for each in of) if whole else ()
+    if type(index) is not int or not 0 <= index < len(company):
+        raise ValueError("batch is not a list of prompts and seeds with a place in it")
+    return Companions(index, company)

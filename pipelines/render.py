@@ -1,4 +1,4 @@
-"""One stage of a job → one picture."""
+"""One stage of a job, or of several jobs at once → its pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from .errors import BLACKED_OUT, BadInput, JobFailed
 from .low_memory import has_tile_side, tiled, untileable
 from .routes import Stage, superres, windows
-from .run import Runner
+from .run import Runner, generator
 
 # From this side a stage's autoencoder works in tiles by itself, and where they can be set in tiles of this side: few,
 # so few seams.
@@ -23,15 +23,15 @@ TILING_SIDE, TILE_SIDE = 4096, 2048
 
 
 class Painter(Runner):
-    """Paints the stages of a picture."""
+    """Paints the stages of a picture, or pictures of one stage each."""
 
     def paint(
         self, stage: Stage, before: Image.Image | None, carried: dict[str, Any]
-    ) -> tuple[Image.Image, dict[str, Any]]:
-        """The picture of `stage`, and what later stages must know beside it.
+    ) -> tuple[list[Image.Image], dict[str, Any]]:
+        """The picture of each job in `stage`, and what later stages must know beside them.
 
         Args:
-            before: the picture of the stage before.
+            before: the picture of the stage before, or that a single job begins with.
             carried: what that stage gave; JSON can hold it.
 
         Raises:
@@ -54,16 +54,16 @@ class Painter(Runner):
                 pixels = self._image_to_image(stage, _resized(before, stage))
         self.seconds += time.perf_counter() - start
         self._progress.reach(stage, stage.steps)
-        return self._checked(pixels), carried
+        return [self._checked(one) for one in pixels], carried
 
     def _text_to_image(self, stage: Stage) -> torch.Tensor:
-        return self._picture(self._pipe, stage)
+        return self._pictures(self._pipe, stage)
 
     def _image_to_image(self, stage: Stage, image: Image.Image) -> torch.Tensor:
         pipe = image_to_image(self._pipe)
         pipe.set_progress_bar_config(disable=True)
         self._prepare(pipe)
-        return self._picture(pipe, stage, image=image, strength=stage.strength)
+        return self._pictures(pipe, stage, image=image, strength=stage.strength)
 
     def _two_branch(self, stage: Stage, image: Image.Image, carried: dict[str, Any]) -> torch.Tensor:
         job, moments = self.job, None
@@ -87,17 +87,17 @@ class Painter(Runner):
             strength=stage.strength,
             guidance=job.guidance,
             scale=stage.scale,
-            generator=self._generator(),
+            generator=generator(job.seed),
             moments=moments,
             on_begin=begin,
             on_step=lambda step, latents: self._after_step(stage, step, latents),
-        )[0]
+        )
 
-    def _picture(self, pipe: Any, stage: Stage, **more: Any) -> torch.Tensor:
+    def _pictures(self, pipe: Any, stage: Stage, **more: Any) -> torch.Tensor:
         output = self._call(pipe, stage, **more)
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise JobFailed(BLACKED_OUT)
-        pixels: torch.Tensor = output.images[0]
+        pixels: torch.Tensor = output.images
         return pixels
 
     @contextmanager

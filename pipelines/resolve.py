@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import clip, guidance, presets
+from . import clip, guidance, model_options, presets
 from .errors import BadInput
 from .job import MAX_SIDE, Job
 from .routes import CLIP_ROUTES, Stage, plan
@@ -34,6 +34,8 @@ def check_numbers(job: Job) -> None:
     for name, value in (("guidance", job.guidance), ("true-cfg", job.true_cfg)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise BadInput(f"{name} {value} is out of range: 0 or more.")
+    if job.strength is not None and not 0 < job.strength <= 1:
+        raise BadInput(f"strength {job.strength} is out of range: above 0, at most 1.")
     for name in ("frames", "window", "overlap"):
         value = getattr(job, name)
         if value is not None and not 0 < value <= clip.MAX_FRAMES:
@@ -99,6 +101,7 @@ def complete(
         dtype=str(dtype).removeprefix("torch."),
         max_sequence_length=length if "max_sequence_length" in accepted else None,
         strengths=tuple(stage.strength for stage in stages if stage.strength is not None) or None,
+        scheduler=job.scheduler and model_options.scheduler_named(pipe, job.scheduler),
     )
     return complete_job, stages
 

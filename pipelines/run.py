@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from tqdm import tqdm
@@ -19,6 +19,19 @@ from .routes import Stage
 
 if TYPE_CHECKING:
     from .stage_methods import StageMethods
+
+
+class Watch(Protocol):
+    """Is told how far a run has come."""
+
+    def begin(self, stage: Stage) -> None: ...
+
+    def reach(self, stage: Stage, step: int) -> None:
+        """May raise: the run ends with it, within a step."""
+
+    def frame_done(self, total: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Progress:
@@ -53,32 +66,34 @@ class Progress:
 
 
 class Runner:
-    """Calls the pipeline of a job.
+    """Calls the pipeline of a job, or of several jobs at once.
 
     Args:
         pipe: placed where it is to run.
+        jobs: that differ in their prompts, negative prompts and seeds at most.
         prepare: is given a pipeline made from `pipe`, before it runs; places it.
         methods: that a stage is to run with, if any.
         say: is told what the user did not ask for.
 
     Attributes:
-        job: what is made.
+        job: the first; what it says beside its prompts and seed goes for all.
         seconds: spent in denoising and decoding so far.
     """
 
     def __init__(
         self,
         pipe: Any,
-        job: Job,
+        jobs: Sequence[Job],
         device: torch.device,
         *,
-        progress: Progress,
+        progress: Watch,
         prepare: Callable[[Any], None] = lambda pipe: None,
         methods: StageMethods | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.seconds = 0.0
-        self._pipe, self.job, self._device = pipe, job, device
+        self._pipe, self._jobs, self._device = pipe, jobs, device
+        self.job = jobs[0]
         self._progress, self._prepare, self._methods, self._say = progress, prepare, methods, say
         self._steps_run = 0
         self._latents: torch.Tensor | None = None
@@ -91,14 +106,16 @@ class Runner:
             self._after_step(stage, step + 1, tensors["latents"])
             return {}
 
+        guided = [guidance.arguments(job, pipe) for job in self._jobs]
         wanted = {
-            "prompt": job.prompt,
+            "prompt": self._each([job.prompt for job in self._jobs]),
             "width": stage.width,
             "height": stage.height,
             "num_inference_steps": job.steps,
             "max_sequence_length": job.max_sequence_length,
-            **guidance.arguments(job, pipe),
-            "generator": self._generator(),
+            **guided[0],
+            "negative_prompt": self._each([one["negative_prompt"] for one in guided]),
+            "generator": self._each([generator(job.seed) for job in self._jobs]),
             "callback_on_step_end": after_step,
             **more,
         }
@@ -106,8 +123,11 @@ class Runner:
         given = {name: value for name, value in wanted.items() if name in accepted and value is not None}
         return pipe(**given, output_type="pt")
 
-    def _generator(self) -> torch.Generator:
-        return torch.Generator("cpu").manual_seed(self.job.seed)
+    def _each(self, values: list[Any]) -> Any:
+        """One argument of a call: a list only where there are several jobs, and something to say of them."""
+        if len(values) == 1:
+            return values[0]
+        return None if values[0] is None else values
 
     def _after_step(self, stage: Stage, step: int, latents: torch.Tensor) -> None:
         self._steps_run += 1
@@ -142,8 +162,25 @@ class Runner:
         return " Try --dtype float32." if self.job.dtype != "float32" else ""
 
 
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Begin to measure `peak_bytes` anew; returns whether that is possible here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_bytes(device: torch.device) -> int | None:
-    """The most memory held so far, on the accelerator where there is one, else by the process."""
+    """The most memory held since `reset_peak`, or ever where that is not possible: of the accelerator where there is
+    one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

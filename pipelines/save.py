@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+import secrets
+import re
+import struct
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +19,19 @@ from .errors import BadInput
 from .job import MAX_SIDE
 
 KEY = "attnswap"
+_PART = re.compile(r"\.(.+)\.\d+\.part")
+# What is raised for a file that is damaged, or written to do harm.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    RecursionError,
+    MemoryError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 def check_writable(path: Path, *kinds: str) -> None:
@@ -56,13 +72,21 @@ def atomic(path: Path, *, replace: bool = True) -> Iterator[IO[bytes]]:
 @contextmanager
 def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """The same for what is written by name."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # On a shared folder, processes of two containers often have the same number.
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         yield part
         if replace:
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """What processes that were killed have left of files in `folder`; nobody else may be writing one of `names`."""
+    for name in os.listdir(folder):
+        if (part := _PART.fullmatch(name)) and part[1] in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_png(image: Image.Image, path: Path, record: dict[str, Any]) -> None:
@@ -88,6 +112,24 @@ def open_png(path: Path) -> PngImagePlugin.PngImageFile:
     return image
 
 
+@contextmanager
+def open_mp4(path: Path) -> Iterator[Any]:
+    """PyAV's container of the MP4 at `path`.
+
+    Raises:
+        UNREADABLE: no such file, no MP4, or a damaged one.
+    """
+    import av
+
+    try:
+        with av.open(str(path)) as container:
+            yield container
+    except av.FFmpegError as error:
+        if isinstance(error, UNREADABLE):
+            raise
+        raise OSError(str(error)) from error
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """What `write_png` or a writer of clips stored in the file at `path`; its pixels are not looked at.
 
@@ -103,7 +145,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(text) if text else None
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist.") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except UNREADABLE as error:
         name = kind[1:].upper() if kind in (".mp4", ".gif") else "PNG"
         raise BadInput(f"{path} is not a readable {name}: {error}") from error
     if not isinstance(record, dict):
@@ -124,10 +166,9 @@ def _gif_text(path: Path) -> str | None:
 
 
 def _mp4_text(path: Path) -> str | None:
-    import av
-
-    with av.open(str(path)) as container:
-        return container.metadata.get(KEY)
+    with open_mp4(path) as container:
+        text: str | None = container.metadata.get(KEY)
+        return text
 
 
 def has_av() -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 
 from .errors import BadInput, near
 
+#: The name under which a method is chosen for the job.
+AUTO = "auto"
 TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("none", "null")
 
 
@@ -24,7 +26,8 @@ def known_methods() -> dict[str, type]:
 def parse(methods: Iterable[str], settings: Iterable[str]) -> dict[str, dict[str, Any]]:
     """`["hidiffusion"], ["t1=0.4"]` → `{"hidiffusion": {"t1": 0.4}}`.
 
-    A key that several of the methods have must name its method: `hidiffusion.t1=0.4`.
+    A key that several of the methods have must name its method: `hidiffusion.t1=0.4`. "auto" has neither settings nor
+    company.
 
     Raises:
         BadInput: unknown method or key (with near matches), or a value of the wrong type.
@@ -32,9 +35,15 @@ def parse(methods: Iterable[str], settings: Iterable[str]) -> dict[str, dict[str
     known = known_methods()
     chosen: dict[str, dict[str, Any]] = {}
     for name in methods:
-        if name not in known:
-            raise BadInput(f"unknown method {name!r}.{near(name, known)}")
+        if name not in known and name != AUTO:
+            raise BadInput(f"unknown method {name!r}.{near(name, {*known, AUTO})}")
         chosen[name] = {}
+    if AUTO in chosen:
+        settings = list(settings)
+        _check_auto(chosen)
+        if settings:
+            raise BadInput(f"--set {settings[0]}: {AUTO} chooses the settings itself; name the method to set any.")
+        return chosen
     fields = {name: _field_types(known[name]) for name in chosen}
     for setting in settings:
         path, equals, text = setting.partition("=")
@@ -46,11 +55,14 @@ def parse(methods: Iterable[str], settings: Iterable[str]) -> dict[str, dict[str
 
 
 def build(methods: Mapping[str, Mapping[str, Any]]) -> list[Any]:
-    """The configuration objects for `{"hidiffusion": {"t1": 0.4}}`.
+    """The configuration objects for `{"hidiffusion": {"t1": 0.4}}`; none for "auto", which is yet to be chosen.
 
     Raises:
         BadInput: unknown method or key, or a value the method refuses.
     """
+    if AUTO in methods:
+        _check_auto(methods)
+        return []
     known = known_methods()
     configs = []
     for name, values in methods.items():
@@ -61,6 +73,17 @@ def build(methods: Mapping[str, Mapping[str, Any]]) -> list[Any]:
         except (ValueError, TypeError) as error:
             raise BadInput(f"{name}: {error}") from error
     return configs
+
+
+def _check_auto(methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """
+    Raises:
+        BadInput: another method is named beside it, or it is given settings.
+    """
+    if others := [name for name in methods if name != AUTO]:
+        raise BadInput(f"method {AUTO} chooses by itself: name it alone, without {', '.join(others)}.")
+    if methods[AUTO]:
+        raise BadInput(f"method {AUTO} has no settings, got {', '.join(methods[AUTO])}.")
 
 
 def _owner(path: str, fields: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
@@ -88,7 +111,7 @@ def _value(where: str, hint: Any, text: str) -> Any:
     for option in _options(hint):
         try:
             return _parser(option)(text)
-        except (ValueError, SyntaxError, KeyError, TypeError):
+        except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
             continue
     raise BadInput(f"{where}: expected {_describe(hint)}.")
 

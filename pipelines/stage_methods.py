@@ -23,6 +23,7 @@ class StageMethods:
     Args:
         configs: of the methods; with none, nothing is ever put in place.
         say: is told which rest.
+        remarks: for the report, of why these.
 
     Raises:
         UnsupportedModel, WeightsError: a method cannot apply to `pipe`, those that rest at first included.
@@ -31,13 +32,24 @@ class StageMethods:
         handle: of what is in place.
     """
 
-    def __init__(self, pipe: Any, configs: Sequence[Config], say: Callable[[str], None]) -> None:
-        self._pipe, self._configs, self._say = pipe, list(configs), say
+    def __init__(
+        self, pipe: Any, configs: Sequence[Config], say: Callable[[str], None], *, remarks: Sequence[str] = ()
+    ) -> None:
+        self._pipe, self._configs, self._say, self._remarks = pipe, list(configs), say, list(remarks)
         # All at once, so that what cannot be had, such as weights, is missed before the first stage.
         self.handle: Handle | None = enable(pipe, self._configs) if configs else None
         self._in_place = self._configs
         self._remark = ""
         self._past: tuple[Entry, ...] = ()
+
+    def again(self, configs: Sequence[Config], remarks: Sequence[str], say: Callable[[str], None]) -> bool:
+        """Begin another run with what is in place, if that is what `configs` ask for; returns whether it is."""
+        if list(configs) != self._configs or self._in_place != self._configs:
+            return False
+        self._say, self._remarks, self._remark, self._past = say, list(remarks), "", ()
+        if self.handle:
+            self.handle.reset()
+        return True
 
     def enter(self, stage: Stage) -> None:
         """Put in place what `stage` needs, before it runs."""
@@ -69,6 +81,7 @@ class StageMethods:
         """What the report says of what is in place now."""
         if not self.handle:
             return ()
-        report, remarks = self.handle.report(), [self._remark] if self._remark else []
+        report = self.handle.report()
+        remarks = [*self._remarks, self._remark] if self._remark else self._remarks
         denoisers = ({**each, "remarks": [*each["remarks"], *remarks]} for each in report.denoisers)
         return tuple(zip(denoisers, report.details, strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from . import save
-from .errors import BadInput, JobFailed
+from .errors import BadInput, NotWritten
 from .routes import Stage
 
 _STAGE = re.compile(r"\d+-\d+x\d+\.png")
@@ -51,7 +51,7 @@ class StageFolder:
             self.path.mkdir(exist_ok=True)
             save.write_png(image, self.file(stage), {"stage": stage.number, "job": self._job, "carried": carried})
         except OSError as error:
-            raise JobFailed(f"{self.file(stage)} could not be written: {error.strerror or error}") from error
+            raise NotWritten(self.file(stage), error) from error
 
     def remove(self) -> None:
         """Take away the stages of this job, and the folder if nothing else is in it."""

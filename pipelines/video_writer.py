@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import GifImagePlugin, Image
 
 from . import save
-from .errors import BadInput, JobFailed
+from .errors import BadInput, NotWritten
 
 #: A picture, [H, W, 3].
 Frame = NDArray[np.uint8]
@@ -77,7 +77,7 @@ def writers(
         record: what a clip remembers of its job; `save.read_record` reads it.
 
     Raises:
-        JobFailed: a disk that is full, or the like.
+        NotWritten: a disk that is full, or the like.
     """
     with ExitStack() as stack:
         opened: list[Writer] = []
@@ -103,7 +103,7 @@ def _said_in_a_line(writer: AbstractContextManager[Writer], path: Path) -> Itera
     except OSError as error:
         if error is of_the_block:
             raise
-        raise _not_written(path, error) from error
+        raise NotWritten(path, error) from error
 
 
 class _InALine:
@@ -114,11 +114,7 @@ class _InALine:
         try:
             self._writer.add(frame)
         except OSError as error:  # PyAV's errors of files are of this kind, too
-            raise _not_written(self._path, error) from error
-
-
-def _not_written(path: Path, error: OSError) -> JobFailed:
-    return JobFailed(f"{path} could not be written: {error.strerror or error}")
+            raise NotWritten(self._path, error) from error
 
 
 @contextmanager

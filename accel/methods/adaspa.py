@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ..context import Context
 from ..errors import UnsupportedModel
-from ..families.base import Family, Layout
+from ..families.base import Family, Layout, Place
 from ..families.parallel import ContextParallel
 from ..observe import Call
 from ..report import Details
@@ -23,7 +23,7 @@ from .adaspa_graph import Seat, attend_in_graph
 from .adaspa_order import Arrangement, TileOrder
 from .adaspa_report import details_of
 from .adaspa_schedule import PUBLISHED, Phase, UnknownSteps, check_search_steps, steps_of_run
-from .adaspa_state import CallShape, LayerState, Mode, SparsePlan
+from .adaspa_state import CallShape, LayerState, Mode, SparsePlan, pairs_of
 from .base import Config, Strategy
 
 _SIDES = (16, 32, 64, 128)
@@ -145,6 +145,8 @@ class AdaSpaStrategy(Strategy):
         self._watches: dict[str, Stopwatch] = {}
         self._seats: dict[str, Seat] = {}
         self._tile_orders: dict[tuple[Any, ...], TileOrder] = {}
+        #: In a rehearsal, pairs by the place of a layer's tokens.
+        self._expected: dict[Place, Tensor] = {}
         self._span = Span()
         self._run: int | None = None
 
@@ -273,6 +275,24 @@ class AdaSpaStrategy(Strategy):
             out = self._attend_sparsely(query, key, value, layout, lengths)
         self._span.reach()
         return arrangement.restore(out) if dense is None else dense
+
+    def rehearse(self, layout: Layout) -> None:
+        """A search finds as many pairs wherever the attention lies; only the shorter last block makes a difference."""
+        plan: SparsePlan = layout.plan
+        if not plan.searches:
+            return
+        if layout.place not in self._expected:
+            lengths = (-(-layout.place.tokens // side) for side in self.config.block)
+            text = Arrangement.of(layout.place, self._tile_order(layout, torch.device("cpu")), None).text
+            selection = kernels.select_blocks(
+                torch.rand(1, 1, *lengths, generator=torch.Generator().manual_seed(0)),
+                sparsity=self.config.sparsity,
+                block=self.config.block,
+                text=text if self.config.text_sink else (),
+                head_adaptive=False,
+            )
+            self._expected[layout.place] = pairs_of(selection.mask, layout.place.tokens)
+        plan.state.pairs, plan.state.searched_at = self._expected[layout.place], plan.phase.step
 
     def _search_first(
         self,

@@ -186,6 +186,9 @@ class Strategy(abc.ABC):
         """What `install` adds that processors alone cannot carry, in words; empty for nothing."""
         return ""
 
+    def rehearse(self, layout: Layout) -> None:  # noqa: B027 - optional
+        """Put in the plan of a layer what its call would find out, as far as that can be expected beforehand."""
+
     def reset(self) -> None:  # noqa: B027 - optional
         """Forget what belongs to a run."""
 

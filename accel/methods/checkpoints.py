@@ -91,6 +91,18 @@ def from_hub(name: str, method: str, patterns: Sequence[str], bundled: Iterable[
         ) from error
 
 
+def in_cache(name: str, file: str) -> Path | None:
+    """A file of a Hub repository where an earlier download has left it on this machine; never a request."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, file)
+    except HFValidationError:  # no name that the Hub could have
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name to write to, which becomes `path` when the block ends well."""

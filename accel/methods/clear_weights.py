@@ -11,12 +11,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import WeightsError
-from .checkpoints import BUNDLED, dims, from_hub, listing, on_disk, opened, whole
+from .checkpoints import BUNDLED, dims, from_hub, in_cache, listing, on_disk, opened, whole
 from .clear_layer import POOLING, PROJECTIONS
 from .replacement import base_layer, own_tensors
 
 _FILE_NAME = re.compile(r"clear_local_(?P<radius>\d+(?:\.\d+)?)(?:_down_\d+)?\.safetensors")
 Shapes = dict[str, tuple[int, ...]]
+#: For FLUX.1-dev.
+_PUBLISHED = "Huage001/CLEAR"
+_PUBLISHED_RADII = (16, 32, 8)
 
 
 def file_name(radius: float, down_factor: int | None = None) -> str:
@@ -65,6 +68,35 @@ def from_stock(attn: Any, down_factor: int | None = None) -> dict[str, Tensor]:
     return tensors
 
 
+def is_here(weights: str, radius: float, down_factor: int | None) -> bool:
+    """Whether `locate` finds them without a request."""
+    if weights in _bundled() or on_disk(weights).exists():
+        return True
+    return in_cache(weights, file_name(radius, down_factor)) is not None
+
+
+def automatic(attention: Mapping[str, Any], *, is_flux_dev: bool) -> tuple[str, float] | None:
+    """Weights on this machine that were trained for a model with these layers, and for which radius.
+
+    Bundled ones are known by the shapes of all their tensors, as no other model has them. Those of FLUX.1-dev would fit
+    FLUX.1-schnell, too: so one must say which it is.
+    """
+    try:
+        expected = shapes_by_layer(attention)
+    except WeightsError:
+        return None
+    files = [(name, file) for name, folder in _bundled().items() for file in sorted(folder.glob("*.safetensors"))]
+    if is_flux_dev:
+        published = (in_cache(_PUBLISHED, file_name(radius)) for radius in _PUBLISHED_RADII)
+        files += [(_PUBLISHED, file) for file in published if file is not None]
+    for name, file in files:
+        with opened(file) as checkpoint:
+            fits = checkpoint.shapes == _flat(expected)
+        if fits and (radius := trained_radius(file)) is not None:
+            return name, radius
+    return None
+
+
 def locate(weights: str, radius: float, down_factor: int | None) -> Path:
     """The safetensors file that `Clear.weights` stands for with these settings.
 
@@ -72,7 +104,7 @@ def locate(weights: str, radius: float, down_factor: int | None) -> Path:
         WeightsError: there is none, or it is not to be had.
     """
     name = file_name(radius, down_factor)
-    bundled = {path.parent.name: path for path in sorted(BUNDLED.glob("*/clear"))}
+    bundled = _bundled()
     if weights in bundled:
         return _in_folder(bundled[weights], name)
     path = on_disk(weights)
@@ -152,6 +184,14 @@ def save(file: Path, layers: Mapping[str, Mapping[str, Tensor]], *, radius: floa
         save_file(flat, part, metadata)
 
 
+def _bundled() -> dict[str, Path]:
+    return {path.parent.name: path for path in sorted(BUNDLED.glob("*/clear"))}
+
+
+def _flat(layers: Mapping[str, Shapes]) -> Shapes:
+    return {f"{layer}.{name}": shape for layer, shapes in layers.items() for name, shape in shapes.items()}
+
+
 def _pooling_shape(side: int) -> tuple[int, ...]:
     return (1, 1, 1, side, 1, side, 1)
 
@@ -166,7 +206,7 @@ def _in_folder(folder: Path, name: str) -> Path:
 
 
 def _check(file: Path, found: Shapes, expected: Mapping[str, Shapes], model: str) -> None:
-    wanted = {f"{layer}.{name}": shape for layer, shapes in expected.items() for name, shape in shapes.items()}
+    wanted = _flat(expected)
     trained, asked = _down_factor(found), _down_factor(wanted)
     if trained != asked:  # which all layers show: said once, and what it takes
         raise WeightsError(

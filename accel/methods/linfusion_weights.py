@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import WeightsError
-from .checkpoints import BUNDLED, dims, first_line, from_hub, listing, on_disk, opened, whole
+from .checkpoints import BUNDLED, dims, first_line, from_hub, in_cache, listing, on_disk, opened, whole
 from .linfusion_layer import PUBLISHED
 
 CONFIG = "config.json"
@@ -108,6 +108,13 @@ def load(weights: str, layers: Sequence[LayerShape], model: str) -> list[dict[st
         described = found or _described_by(checkpoint.shapes, layers)
         names = _check(file, checkpoint.shapes, described, model)
         return [{name: checkpoint.read(key) for name, key in layer.items()} for layer in names]
+
+
+def is_here(weights: str) -> bool:
+    """Whether `load` finds them without a request."""
+    if weights in _bundled() or on_disk(weights).exists():
+        return True
+    return in_cache(weights, CONFIG) is not None and in_cache(weights, WEIGHTS) is not None
 
 
 def lacks_config(weights: str) -> bool:

@@ -126,10 +126,10 @@ class TestLadder:
         said: list[str] = []
         methods = StageMethods(pipe, [clear], said.append)
         progress = run.Progress(stages, shown=False)
-        painter = render.Painter(pipe, job, torch.device("cpu"), progress=progress, methods=methods)
+        painter = render.Painter(pipe, [job], torch.device("cpu"), progress=progress, methods=methods)
         image: Image.Image | None = None
         for stage in stages:
-            image, _ = painter.paint(stage, image, {})
+            [image], _ = painter.paint(stage, image, {})
         report = methods.report()
         methods.close()
         assert image is not None

@@ -17,7 +17,8 @@ import pytest
 import torch
 from attnswap.pipelines import load, low_memory, presets, render, resolve, run, save
 from attnswap.pipelines.errors import BadInput, JobFailed
-from attnswap.pipelines.generate import Result, generate, place, place_again
+from attnswap.pipelines.generate import Result, generate
+from attnswap.pipelines.session import place, place_again
 from attnswap.pipelines.job import Job, from_record
 from attnswap.pipelines.routes import Stage
 from diffusers import AutoencoderKLQwenImage
@@ -182,7 +183,7 @@ class TestLadder:
         vae = AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
         heard: list[str] = []
         shown = run.Progress((), shown=False)
-        painter = render.Painter(SimpleNamespace(vae=vae), job, torch.device("cpu"), progress=shown, say=heard.append)
+        painter = render.Painter(SimpleNamespace(vae=vae), [job], torch.device("cpu"), progress=shown, say=heard.append)
         with painter._tiles(Stage(2, 2, 4096, 4096, 1, 0.5)):
             assert vae.use_tiling
         assert heard == [
@@ -224,14 +225,14 @@ class TestOffload:
         place(pipe, device, offloaded)
         painter = render.Painter(
             pipe,
-            job,
+            [job],
             device,
             progress=run.Progress(stages, shown=False),
             prepare=lambda made: place_again(made, device, offloaded),
         )
         image, carried = None, {}
         for stage in stages:
-            image, carried = painter.paint(stage, image, carried)
+            [image], carried = painter.paint(stage, image, carried)
         assert np.array_equal(np.asarray(image), expected)
 
 
@@ -261,7 +262,7 @@ class TestGoingOn:
 
         def paint(_self: Any, stage: Any, *_: Any) -> Any:
             painted.append(stage.number)
-            return Image.new("RGB", (stage.width, stage.height), "red"), {}
+            return [Image.new("RGB", (stage.width, stage.height), "red")], {}
 
         monkeypatch.setattr(render.Painter, "paint", paint)
         generate(job)

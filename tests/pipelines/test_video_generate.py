@@ -108,7 +108,8 @@ class TestOtherFamilies:
         job = Job("a fox", frames=frames, fps=Fraction(25), steps=2, guidance=guidance, dtype="float32")
         stage, heard = Stage(1, 1, width, height, 2), list[str]()
         shown = run.Progress((stage,), shown=False)
-        found = list(film.Film(pipe, job, torch.device("cpu"), progress=shown, say=heard.append).shoot(stage))
+        shooting = film.Film(pipe, [job], torch.device("cpu"), progress=shown, say=heard.append)
+        [found] = [list(frames) for frames in shooting.shoot(stage)]
         assert np.array_equal(np.stack(found), rounded(expected))
         assert heard == []
         assert "decode" not in vars(pipe.vae)

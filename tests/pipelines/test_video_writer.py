@@ -260,8 +260,9 @@ class TestNothingHalfWritten:
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
     def test_of_an_mp4_on_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("av")
-        monkeypatch.setattr(os, "getpid", lambda: "full")
-        (tmp_path / ".a.mp4.full.part").symlink_to("/dev/full")
+        monkeypatch.setattr(os, "getpid", lambda: "no")
+        monkeypatch.setattr("secrets.token_hex", lambda _: "space")
+        (tmp_path / ".a.mp4.no-space.part").symlink_to("/dev/full")
         with pytest.raises(JobFailed, match=r"a\.mp4 could not be written: No space left"):
             write(tmp_path / "a.mp4")
         assert os.listdir(tmp_path) == []

@@ -1,0 +1,189 @@
+"""From how many tokens on is a method faster than dense attention? Calls of bundled models' denoisers at growing sizes.
+
+    python -m attnswap.benchmarks.break_even --json benchmarks/results/break-even-cpu-DATE.json
+
+Dense and accelerated calls take turns, so that a busy machine hits both alike. AdaSpa is dense at first and searches, so
+that what counts is a run: of each of its kinds of call one is timed, and their times are added up as a published run of
+50 steps has them. `accel/auto.py` holds what was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..accel import auto
+from ..accel.methods.adaspa import AdaSpa
+from ..accel.methods.adaspa_schedule import steps_of_run
+from ..accel.methods.base import Config
+from ..accel.methods.clear import Clear
+from ..accel.methods.linfusion import LinFusion
+from ..accel.observe import Call
+from ..accel.swap import enable
+from ..pipelines import load, presets
+from . import machine
+from .models import Size, calls_at, denoiser_of, pipeline_arguments
+from .registry import Inputs
+from .timing import Clock, clock_for
+
+ROUNDS = 5
+#: That the published search steps are for.
+STEPS = 50
+FIRST, SPARSE, AGAIN = "dense with the first search", "sparse", "sparse with a later search"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A method on a bundled model, at sizes in pixels that grow (and frames, of clips)."""
+
+    model: str
+    config: Config
+    sizes: tuple[tuple[int, int | None], ...]
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+PROBES = (
+    Probe("emoji-sd", LinFusion(), ((64, None), (96, None), (128, None), (192, None))),
+    Probe("emoji-flux", Clear(radius=3, weights="emoji-flux"), ((128, None), (160, None), (192, None), (256, None))),
+    # The published radius, with the model's own weights: the time is the same.
+    Probe("emoji-flux", Clear(radius=16), ((256, None), (384, None), (512, None), (640, None))),
+    Probe("emoji-video", AdaSpa(min_tokens=0), ((96, 5), (96, 9), (96, 17), (96, 33))),
+)
+
+
+def crossing(points: Sequence[tuple[int, float]]) -> int | None:
+    """The tokens from which a method is the faster one; None if it never was, the smallest size if it always was.
+
+    Args:
+        points: tokens and speed-up, by growing tokens. Between two, the speed-up grows as a power of the tokens.
+    """
+    if points[0][1] >= 1:
+        return points[0][0]
+    for (tokens, slower), (more, faster) in reversed(list(pairwise(points))):
+        if slower < 1 <= faster:
+            share = math.log(1 / slower) / math.log(faster / slower)
+            return math.ceil(tokens * (more / tokens) ** share)
+    return None
+
+
+def measure(probe: Probe, *, device: torch.device, rounds: int = ROUNDS, say: Callable[[str], None]) -> dict[str, Any]:
+    """Time a method at all its sizes."""
+    found = load.find(probe.model)
+    preset = presets.read(found.folder)
+    pipe = load.load(found, dtype=load.pick_dtype("auto", device, found))
+    pipe.to(device).set_progress_bar_config(disable=True)
+    denoiser = denoiser_of(pipe)
+    points = []
+    for side, frames in probe.sizes:
+        arguments = pipeline_arguments(pipe, preset, Size("", side, side, frames), preset.steps or STEPS)
+        inputs = calls_at(pipe, arguments, 0, {1})[1]
+        tokens = _tokens(denoiser, inputs)
+        times = _times(denoiser, probe.config, inputs, clock_for(device), rounds)
+        dense_ms, method_ms = _of_a_run(probe.config, times)
+        points.append(
+            {
+                "tokens": tokens,
+                "side": side,
+                "frames": frames,
+                "dense_ms": dense_ms,
+                "method_ms": method_ms,
+                "speed_up": dense_ms / method_ms,
+                "calls_ms": times,
+            }
+        )
+        say(f"{probe.model}, {probe.name}: {tokens:,} tokens, {dense_ms / method_ms:.2f}x")
+    return {
+        "method": probe.name,
+        "model": probe.model,
+        "config": probe.config.to_dict(),
+        "compared": f"a run of {STEPS} steps" if isinstance(probe.config, AdaSpa) else "a denoiser call",
+        "points": points,
+        "break_even": crossing([(point["tokens"], point["speed_up"]) for point in points]),
+    }
+
+
+def _tokens(denoiser: Any, inputs: Inputs) -> int:
+    """Of the longest sequence that attention sees."""
+    return auto.size_of(denoiser, Call.of(denoiser, inputs["positional"], inputs["named"]).arguments).tokens
+
+
+def _times(denoiser: Any, config: Config, inputs: Inputs, clock: Clock, rounds: int) -> dict[str, float]:
+    """Milliseconds of a dense call and of each kind of call with the method; the first round only warms up."""
+    kinds: tuple[str, ...] = ("a call",)
+    if isinstance(config, AdaSpa):
+        kinds, config = (FIRST, SPARSE, AGAIN), replace(config, search_steps=(1, 3))
+    samples: dict[str, list[float]] = {kind: [] for kind in ("dense", *kinds)}
+    timesteps = torch.linspace(1000, 1, len(kinds))
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            readings = {"dense": clock.measure(lambda: _call(denoiser, inputs, timesteps[0]))}
+            handle = enable(denoiser, config)
+            handle.set_timesteps(timesteps)
+            for kind, timestep in zip(kinds, timesteps, strict=True):
+                readings[kind] = clock.measure(partial(_call, denoiser, inputs, timestep))
+            handle.disable()
+            clock.synchronize()
+            for kind, reading in readings.items():
+                samples[kind].append(reading())
+    return {kind: statistics.median(times[1:]) for kind, times in samples.items()}
+
+
+def _call(denoiser: Any, inputs: Inputs, timestep: torch.Tensor) -> None:
+    named = inputs["named"]
+    if "timestep" in named:  # U-Nets get theirs by position, and none of their methods asks for it
+        given = named["timestep"]
+        named = {**named, "timestep": timestep.to(given.device, given.dtype).expand(given.shape)}
+    denoiser(*inputs["positional"], **named)
+
+
+def _of_a_run(config: Config, times: dict[str, float]) -> tuple[float, float]:
+    """Milliseconds of dense attention and of the method, in a run of `STEPS` steps or in one call."""
+    dense = times["dense"]
+    if not isinstance(config, AdaSpa):
+        return dense, times["a call"]
+    first, *later = steps_of_run(config.search_steps, STEPS)
+    sparse = STEPS - first - len(later)
+    whole = (first - 1) * dense + times[FIRST] + len(later) * times[AGAIN] + sparse * times[SPARSE]
+    return STEPS * dense, whole
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m attnswap.benchmarks.break_even", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, required=True, metavar="PATH")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed at each size (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    device = load.pick_device(options.device)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "device": machine.describe_device(device),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+        "rounds": options.rounds,
+        "methods": [measure(probe, device=device, rounds=options.rounds, say=print) for probe in PROBES],
+    }
+    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for entry in result["methods"]:
+        print(f"{entry['method']} on {entry['model']}: {entry['break_even']} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

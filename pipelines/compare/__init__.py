@@ -1,0 +1,1 @@
+"""Dense attention and methods on the same prompts and seeds: pictures side by side, and figures."""

@@ -1,0 +1,352 @@
+"""What is done to a model between its folder and its first job: adapters, another scheduler, compilation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sysconfig
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import SHOWN, BadInput, JobFailed, near
+from .load import DENOISERS, HUB_ID, PICKLES
+
+LORA_KEYS = ("lora_id", "lora_scale", "weight_name", "adapter_name")
+# What Diffusers says of every part of a pipeline that an adapter leaves alone.
+NOTHING_FOR = "No LoRA keys associated to"
+READABLE = 240
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what Diffusers calls it where nobody does
+COGVIDEOX = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+# Fit for whatever `KarrasDiffusionSchedulers` are fit for, with an adapter that was distilled for them.
+DISTILLED = ("LCMScheduler", "TCDScheduler")
+FLOW = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+# How many of these sample the straight paths of a pipeline as it asks them to; of others, the first is taken alone.
+FLOW_SOLVERS = {
+    "Flux2Pipeline": 2,
+    "FluxKontextPipeline": 2,
+    "FluxPipeline": 2,
+    "HunyuanVideoPipeline": 2,
+    "LTXPipeline": 2,
+    "QwenImagePipeline": 2,
+    "SanaPipeline": 3,
+    "StableDiffusion3Pipeline": 3,
+    "WanImageToVideoPipeline": 3,
+    "WanPipeline": 3,
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter: a file, a folder or a Hub id, how strongly it counts, and which file where there are several.
+
+    Raises:
+        BadInput: one of these is not what it should be.
+    """
+
+    id: str
+    scale: float = 1.0
+    weight_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not self.id:
+            raise BadInput(f"a LoRA is a file, a folder or a Hub id, not {self.id!r}.")
+        number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
+        if not number or not math.isfinite(self.scale):
+            raise BadInput(f"LoRA {self.id}: scale {self.scale!r} is no number.")
+        if not isinstance(self.weight_name, str | None):
+            raise BadInput(f"LoRA {self.id}: weight_name {self.weight_name!r} is no file name.")
+
+    def __str__(self) -> str:
+        return f"{self.id}/{self.weight_name}" if self.weight_name else self.id
+
+
+def parse_lora(text: str) -> Lora:
+    """A path or Hub id as it is, or what `diffusers-cli run --lora` takes: '{"lora_id": …, "lora_scale": 0.8}'.
+
+    `weight_name` picks a file where there are several; `adapter_name` changes nothing here.
+
+    Raises:
+        BadInput: no such JSON.
+    """
+    if not text.lstrip().startswith("{"):
+        return Lora(text)
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"LoRA {text!r} is no JSON: {error}.") from None
+    for key in given:
+        if key not in LORA_KEYS:
+            raise BadInput(f"LoRA {text!r}: no key {key}.{near(key, LORA_KEYS)}")
+    if "lora_id" not in given:
+        raise BadInput(f"LoRA {text!r}: lora_id is missing.")
+    return Lora(given["lora_id"], given.get("lora_scale", 1.0), given.get("weight_name"))
+
+
+def lora_file(lora: Lora) -> Path:
+    """The safetensors file of an adapter.
+
+    Only a Hub id may cause a request, and only if it is not on this machine already.
+
+    Raises:
+        BadInput: there is none, or more than one to choose from.
+    """
+    path = Path(lora.id).expanduser()
+    for name in (lora.id, lora.weight_name or ""):
+        if name.lower().endswith(PICKLES):
+            raise BadInput(f"LoRA {name} is a pickle, which can run code when it is opened; only safetensors are read.")
+    if path.is_dir():
+        return path / _chosen([file.name for file in path.iterdir() if file.is_file()], lora)
+    if path.is_file():
+        return path
+    if path.suffix != ".safetensors" and HUB_ID.fullmatch(lora.id) and not lora.id.startswith("."):
+        return _from_hub(lora)
+    beside = [file.name for file in path.parent.glob("*.safetensors")] if path.parent.is_dir() else []
+    raise BadInput(f"no LoRA {lora.id}: neither a file nor a folder here.{near(path.name, beside)}")
+
+
+def load_loras(pipe: Any, loras: Sequence[Lora], model: str) -> tuple[str, ...]:
+    """Puts adapters into `pipe`, all active at once, each at its scale.
+
+    Args:
+        model: what the user calls it.
+
+    Returns:
+        What of them could not be put to use, as text.
+
+    Raises:
+        BadInput: the pipeline takes none, or a file fits none of its layers.
+    """
+    from diffusers.utils import USE_PEFT_BACKEND
+
+    if not loras:
+        return ()
+    if not hasattr(pipe, "load_lora_weights"):
+        raise BadInput(f"--lora {loras[0]}: {model} is a {type(pipe).__name__}, which takes none.")
+    if not USE_PEFT_BACKEND:
+        raise BadInput(f"--lora {loras[0]}: adapters need peft, which is not installed or too old: pip install -U peft")
+    files = [lora_file(lora) for lora in loras]
+    names = [f"lora_{number}" for number in range(len(files))]
+    remarks = [text for name, file in zip(names, files, strict=True) for text in _loaded(pipe, name, file, model)]
+    pipe.set_adapters(names, [lora.scale for lora in loras])
+    return tuple(remarks)
+
+
+def scheduler_named(pipe: Any, name: str) -> str:
+    """The class of Diffusers that a scheduler's name stands for, among those that suit `pipe`.
+
+    Args:
+        name: of the class, in any case; "Scheduler", "Discrete", "Multistep" and "FlowMatch" may be left out.
+
+    Raises:
+        BadInput: there is no such scheduler, or it does not suit the pipeline.
+    """
+    import diffusers
+
+    suited = schedulers_for(pipe)
+    wanted = name.lower().removesuffix("scheduler")
+    by_name = {key: full for full in reversed(suited) for key in _names_of(full)}
+    by_name |= {max(_names_of(full), key=len): full for full in suited}
+    if (chosen := by_name.get(wanted)) is not None:
+        return chosen
+    if any(wanted in _names_of(other) for other in dir(diffusers)):
+        problem = f"does not suit a {type(pipe).__name__} with {type(pipe.scheduler).__name__}"
+    else:
+        problem = "is none that Diffusers has"
+    raise BadInput(f"--scheduler {name} {problem}. There are: {', '.join(suited)}.")
+
+
+def use_scheduler(pipe: Any, name: str) -> None:
+    """Puts another scheduler in place, set up like the present one.
+
+    Args:
+        name: as `scheduler_named` takes it.
+
+    Raises:
+        BadInput: as it does, or a library that the scheduler needs is not installed.
+    """
+    import diffusers
+
+    chosen = scheduler_named(pipe, name)
+    if chosen == type(pipe.scheduler).__name__:
+        return
+    settings = _as_flow(pipe.scheduler, chosen)
+    try:
+        with _heard_from_diffusers():  # that the one does not know all settings of the other
+            pipe.scheduler = getattr(diffusers, chosen).from_config(pipe.scheduler.config, **settings)
+    except ImportError as error:
+        raise BadInput(f"--scheduler {name}: {str(error).strip().splitlines()[0]}") from error
+
+
+def schedulers_for(pipe: Any) -> tuple[str, ...]:
+    """Names of the classes that sample what the model of `pipe` was trained for, its own among them."""
+    present = type(pipe.scheduler).__name__
+    compatible = {other.__name__ for other in pipe.scheduler.compatibles}
+    if present in COGVIDEOX:
+        suited: Sequence[str] = COGVIDEOX
+    elif _is_flow(pipe.scheduler):
+        suited = FLOW[: FLOW_SOLVERS.get(type(pipe).__name__, 0)] if present in FLOW else ()
+    elif "DDIMScheduler" in compatible:
+        # It is for models of another parametrization altogether.
+        suited = sorted(compatible - {"EDMEulerScheduler"} | set(DISTILLED))
+    else:
+        suited = sorted(compatible)
+    return tuple(dict.fromkeys((*suited, present)))
+
+
+def check_compiler(device: torch.device) -> None:
+    """
+    Raises:
+        BadInput: what `torch.compile` needs on `device` is missing.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch.utils._triton import has_triton
+
+    try:
+        get_cpp_compiler()
+    except RuntimeError:
+        raise BadInput("--compile needs a C++ compiler such as g++, and there is none here.") from None
+    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        raise BadInput("--compile needs the headers of Python (python3-dev), which are not here.")
+    if device.type == "cuda" and not has_triton():
+        raise BadInput(f"--compile needs triton on {device}, and it is not installed or does not know this device.")
+
+
+def compile_denoisers(pipe: Any) -> str:
+    """Compiles the repeated blocks of each denoiser where it says which they are, else the whole; gives which, as text.
+
+    Nothing is compiled before the first step.
+    """
+    said = []
+    for name in DENOISERS:
+        denoiser = getattr(pipe, name, None)
+        if not isinstance(denoiser, nn.Module):
+            continue
+        blocks = set(getattr(denoiser, "_repeated_blocks", None) or ())
+        found = sorted(blocks & {type(module).__name__ for module in denoiser.modules()})
+        if found:
+            denoiser.compile_repeated_blocks()  # type: ignore[operator]
+        else:
+            denoiser.compile()
+        said.append(f"{name} {'by its ' + ', '.join(found) if found else 'as a whole'}")
+    return ", ".join(said)
+
+
+def _chosen(names: Sequence[str], lora: Lora) -> str:
+    """The one of the files of a folder or repository that `lora` is."""
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    if lora.weight_name:
+        if lora.weight_name in names:
+            return lora.weight_name
+        raise BadInput(f"LoRA {lora.id} has no {lora.weight_name}.{near(lora.weight_name, files)}")
+    if LORA_FILE in files:
+        return LORA_FILE
+    if len(files) > 1:
+        example = json.dumps({"lora_id": lora.id, "weight_name": files[0]})
+        raise BadInput(
+            f"LoRA {lora.id} has {len(files)} files, {', '.join(files[:SHOWN])}: name one, as in '{example}'."
+        )
+    if not files:
+        pickles = [name for name in names if name.lower().endswith(PICKLES)]
+        found = f"only the pickle {pickles[0]}, which can run code when it is opened" if pickles else "no .safetensors"
+        raise BadInput(f"LoRA {lora.id} has {found}.")
+    return files[0]
+
+
+def _from_hub(lora: Lora) -> Path:
+    from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.utils import httpx
+
+    try:
+        folder = Path(snapshot_download(lora.id, local_files_only=True))
+        return folder / _chosen([file.relative_to(folder).as_posix() for file in folder.rglob("*")], lora)
+    except (LocalEntryNotFoundError, BadInput) as error:
+        if constants.HF_HUB_OFFLINE:
+            where = "neither a file or folder here nor in the Hub's cache, and HF_HUB_OFFLINE is set"
+            raise BadInput(f"no LoRA {lora}: {where}.") from error
+    try:
+        return Path(hf_hub_download(lora.id, _chosen(list_repo_files(lora.id), lora)))
+    except GatedRepoError as error:
+        raise BadInput(f"LoRA {lora} is gated: accept its terms on the Hub, then run `hf auth login`.") from error
+    except RepositoryNotFoundError as error:
+        raise BadInput(f"no LoRA {lora}: neither a file or folder here nor on the Hub.") from error
+    except (OSError, httpx.HTTPError) as error:
+        raise JobFailed(f"LoRA {lora} could not be downloaded: {_first_line(error)}") from error
+
+
+def _loaded(pipe: Any, name: str, file: Path, model: str) -> list[str]:
+    """Puts one adapter in, by `name`; gives what of it is not used."""
+    from safetensors import SafetensorError
+
+    parts = " or ".join(part for part in pipe._lora_loadable_modules if getattr(pipe, part, None) is not None)
+    try:
+        with _heard_from_diffusers() as heard:
+            pipe.load_lora_weights(str(file), adapter_name=name, use_safetensors=True, local_files_only=True)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"LoRA {file.name} cannot be read: {_first_line(error)}") from error
+    except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+        raise BadInput(f"LoRA {file.name} does not fit {model}'s {parts}: {_shortened(str(error))}") from error
+    within = [part for part, adapters in pipe.get_list_adapters().items() if name in adapters]
+    if not within:
+        raise BadInput(f"LoRA {file.name} fits no layer of {model}'s {parts}.")
+    left = [part for part in DENOISERS if getattr(pipe, part, None) is not None and part not in within]
+    remarks = [f"LoRA {file.name} changes {' and '.join(within)}, not {' or '.join(left)}."] if left else []
+    return remarks + [f"LoRA {file.name}: {_shortened(text)}" for text in heard if NOTHING_FOR not in text]
+
+
+@contextmanager
+def _heard_from_diffusers() -> Iterator[list[str]]:
+    """What Diffusers would write to the terminal in the block, for a line of ours."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    logger = logging.getLogger("diffusers")
+    before, logger.handlers = logger.handlers, [Ear(logging.WARNING)]
+    try:
+        yield heard
+    finally:
+        logger.handlers = before
+
+
+def _shortened(text: str) -> str:
+    """One line, of a length that can be read."""
+    words = " ".join(text.split())
+    return words if len(words) <= READABLE else f"{words[:READABLE]}…"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _names_of(scheduler: str) -> set[str]:
+    """What a scheduler's class may be called, in lower case."""
+    full = scheduler.lower().removesuffix("scheduler")
+    short = full.replace("discrete", "").replace("multistep", "")
+    return {full, short, short.removeprefix("flowmatch")}
+
+
+def _is_flow(scheduler: Any) -> bool:
+    config = scheduler.config
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(flow) or type(scheduler).__name__.startswith("FlowMatch")
+
+
+def _as_flow(scheduler: Any, chosen: str) -> dict[str, Any]:
+    """What says in the configuration of `chosen` that its model's straight paths are those of `scheduler`."""
+    if not _is_flow(scheduler):
+        return {}
+    config = scheduler.config
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    if chosen.startswith("FlowMatch"):
+        return {"shift": shift}
+    return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
