@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 
 # Nothing heavy is imported before the arguments are understood: --help and wrong use answer at once.
-from . import bench, distill, doctor, generate, inspect
+from . import batch, bench, compare, distill, doctor, generate, inspect, show
 from .common import Parser, Version, fail, warnings_in_a_line
 
 __all__ = ["build_parser", "main"]
 
-COMMANDS = (generate, inspect, bench, distill, doctor)
+COMMANDS = (generate, batch, compare, show, inspect, bench, distill, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console that lacks a character must not end the job
     options = build_parser().parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with warnings_in_a_line():
             return int(options.run(options))
