@@ -33,11 +33,11 @@ from ..accel.report import Report
 from ..accel.swap import enabled
 from ..pipelines import load, presets
 from ..pipelines.emoji_reference import Reference, psnr
-from ..pipelines.generate import versions
 from ..training.distill_evaluate import ssim
 from ..training.emoji_video_clips import clip_caption, sample_asks
 from .chart import line_chart
 from .high_resolution import write_page
+from .machine import versions
 from .structured import positions
 
 DENSE = "dense"

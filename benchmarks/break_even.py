@@ -1,10 +1,11 @@
 """From how many tokens on is a method faster than dense attention? Calls of bundled models' denoisers at growing sizes.
 
-    python -m attnswap.benchmarks.break_even --json benchmarks/results/break-even-cpu-DATE.json
+    OMP_NUM_THREADS=1 python -m attnswap.benchmarks.break_even --json benchmarks/results/break-even-cpu-DATE.json
 
-Dense and accelerated calls take turns, so that a busy machine hits both alike. AdaSpa is dense at first and searches, so
-that what counts is a run: of each of its kinds of call one is timed, and their times are added up as a published run of
-50 steps has them. `accel/auto.py` holds what was found.
+Dense and accelerated calls take turns. On a CPU, what counts is the time that this process had of it, so that it does
+not matter what else the machine is doing, and of several calls the fastest. AdaSpa is dense at first and searches, so that what counts is a run: of each
+of its kinds of call one is timed, and their times are added up as a published run of 50 steps has them.
+`accel/auto.py` holds what was found.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import argparse
 import datetime
 import json
 import math
-import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -29,28 +31,36 @@ from ..accel.methods.adaspa import AdaSpa
 from ..accel.methods.adaspa_schedule import steps_of_run
 from ..accel.methods.base import Config
 from ..accel.methods.clear import Clear
+from ..accel.methods.hidiffusion import HiDiffusion
 from ..accel.methods.linfusion import LinFusion
 from ..accel.observe import Call
-from ..accel.swap import enable
+from ..accel.swap import enabled
 from ..pipelines import load, presets
 from . import machine
 from .models import Size, calls_at, denoiser_of, pipeline_arguments
 from .registry import Inputs
-from .timing import Clock, clock_for
+from .timing import Clock, CudaClock
 
-ROUNDS = 5
+ROUNDS = 9
 #: That the published search steps are for.
 STEPS = 50
+WITHOUT, CALL = "without", "a call"
 FIRST, SPARSE, AGAIN = "dense with the first search", "sparse", "sparse with a later search"
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A method on a bundled model, at sizes in pixels that grow (and frames, of clips)."""
+    """A method on a bundled model.
+
+    Attributes:
+        sizes: in pixels a side, and frames of clips; they grow.
+        beside: a method that acts with it, against which it is measured in place of dense attention.
+    """
 
     model: str
     config: Config
     sizes: tuple[tuple[int, int | None], ...]
+    beside: Config | None = None
 
     @property
     def name(self) -> str:
@@ -59,11 +69,25 @@ class Probe:
 
 PROBES = (
     Probe("emoji-sd", LinFusion(), ((64, None), (96, None), (128, None), (192, None))),
-    Probe("emoji-flux", Clear(radius=3, weights="emoji-flux"), ((128, None), (160, None), (192, None), (256, None))),
+    Probe("emoji-sd", LinFusion(), ((96, None), (128, None), (192, None), (256, None)), HiDiffusion(t1=1.0)),
+    Probe("emoji-flux", Clear(radius=3, weights="emoji-flux"), ((128, None), (192, None), (256, None))),
     # The published radius, with the model's own weights: the time is the same.
-    Probe("emoji-flux", Clear(radius=16), ((256, None), (384, None), (512, None), (640, None))),
-    Probe("emoji-video", AdaSpa(min_tokens=0), ((96, 5), (96, 9), (96, 17), (96, 33))),
+    Probe("emoji-flux", Clear(radius=16), ((256, None), (384, None), (512, None))),
+    Probe("emoji-video", AdaSpa(min_tokens=0), ((96, 1), (96, 5), (96, 9), (96, 17))),
 )
+
+
+class ProcessClock:
+    """The time that this process computes, in all its threads."""
+
+    def measure(self, call: Callable[[], Any]) -> Callable[[], float]:
+        start = time.process_time()
+        call()
+        elapsed_ms = (time.process_time() - start) * 1e3
+        return lambda: elapsed_ms
+
+    def synchronize(self) -> None:
+        pass
 
 
 def crossing(points: Sequence[tuple[int, float]]) -> int | None:
@@ -72,13 +96,13 @@ def crossing(points: Sequence[tuple[int, float]]) -> int | None:
     Args:
         points: tokens and speed-up, by growing tokens. Between two, the speed-up grows as a power of the tokens.
     """
-    if points[0][1] >= 1:
-        return points[0][0]
+    if points[-1][1] < 1:
+        return None
     for (tokens, slower), (more, faster) in reversed(list(pairwise(points))):
-        if slower < 1 <= faster:
+        if slower < 1:
             share = math.log(1 / slower) / math.log(faster / slower)
             return math.ceil(tokens * (more / tokens) ** share)
-    return None
+    return points[0][0]
 
 
 def measure(probe: Probe, *, device: torch.device, rounds: int = ROUNDS, say: Callable[[str], None]) -> dict[str, Any]:
@@ -88,29 +112,31 @@ def measure(probe: Probe, *, device: torch.device, rounds: int = ROUNDS, say: Ca
     pipe = load.load(found, dtype=load.pick_dtype("auto", device, found))
     pipe.to(device).set_progress_bar_config(disable=True)
     denoiser = denoiser_of(pipe)
+    clock = CudaClock(device) if device.type == "cuda" else ProcessClock()
     points = []
     for side, frames in probe.sizes:
         arguments = pipeline_arguments(pipe, preset, Size("", side, side, frames), preset.steps or STEPS)
         inputs = calls_at(pipe, arguments, 0, {1})[1]
         tokens = _tokens(denoiser, inputs)
-        times = _times(denoiser, probe.config, inputs, clock_for(device), rounds)
-        dense_ms, method_ms = _of_a_run(probe.config, times)
+        times = _times(denoiser, probe, inputs, clock, rounds)
+        without_ms, with_ms = _of_a_run(probe.config, times)
         points.append(
             {
                 "tokens": tokens,
                 "side": side,
                 "frames": frames,
-                "dense_ms": dense_ms,
-                "method_ms": method_ms,
-                "speed_up": dense_ms / method_ms,
+                "without_ms": without_ms,
+                "with_ms": with_ms,
+                "speed_up": without_ms / with_ms,
                 "calls_ms": times,
             }
         )
-        say(f"{probe.model}, {probe.name}: {tokens:,} tokens, {dense_ms / method_ms:.2f}x")
+        say(f"{probe.model}, {probe.name}: {tokens:,} tokens, {without_ms / with_ms:.2f}x")
     return {
         "method": probe.name,
         "model": probe.model,
         "config": probe.config.to_dict(),
+        "beside": probe.beside and probe.beside.to_dict(),
         "compared": f"a run of {STEPS} steps" if isinstance(probe.config, AdaSpa) else "a denoiser call",
         "points": points,
         "break_even": crossing([(point["tokens"], point["speed_up"]) for point in points]),
@@ -122,40 +148,40 @@ def _tokens(denoiser: Any, inputs: Inputs) -> int:
     return auto.size_of(denoiser, Call.of(denoiser, inputs["positional"], inputs["named"]).arguments).tokens
 
 
-def _times(denoiser: Any, config: Config, inputs: Inputs, clock: Clock, rounds: int) -> dict[str, float]:
-    """Milliseconds of a dense call and of each kind of call with the method; the first round only warms up."""
-    kinds: tuple[str, ...] = ("a call",)
+def _times(denoiser: Any, probe: Probe, inputs: Inputs, clock: Clock, rounds: int) -> dict[str, float]:
+    """Milliseconds of the fastest call without the method, and of each kind of call with it; one round only warms up."""
+    config, timesteps, calls = probe.config, inputs["timesteps"], {CALL: inputs}
     if isinstance(config, AdaSpa):
-        kinds, config = (FIRST, SPARSE, AGAIN), replace(config, search_steps=(1, 3))
-    samples: dict[str, list[float]] = {kind: [] for kind in ("dense", *kinds)}
-    timesteps = torch.linspace(1000, 1, len(kinds))
+        config, timesteps = replace(config, search_steps=(1, 3)), torch.linspace(900, 1, 3)
+        calls = {kind: _at(inputs, t) for kind, t in zip((FIRST, SPARSE, AGAIN), timesteps, strict=True)}
+    others = [] if probe.beside is None else [probe.beside]
+    samples: dict[str, list[float]] = {kind: [] for kind in (WITHOUT, *calls)}
     with torch.no_grad():
         for _ in range(rounds + 1):
-            readings = {"dense": clock.measure(lambda: _call(denoiser, inputs, timesteps[0]))}
-            handle = enable(denoiser, config)
-            handle.set_timesteps(timesteps)
-            for kind, timestep in zip(kinds, timesteps, strict=True):
-                readings[kind] = clock.measure(partial(_call, denoiser, inputs, timestep))
-            handle.disable()
+            readings = {}
+            for configs, named in ((others, {WITHOUT: inputs}), ([*others, config], calls)):
+                with enabled(denoiser, configs) if configs else nullcontext() as handle:
+                    if handle is not None:
+                        handle.set_timesteps(timesteps)
+                    for name, given in named.items():
+                        readings[name] = clock.measure(partial(denoiser, *given["positional"], **given["named"]))
             clock.synchronize()
             for kind, reading in readings.items():
                 samples[kind].append(reading())
-    return {kind: statistics.median(times[1:]) for kind, times in samples.items()}
+    return {kind: min(times[1:]) for kind, times in samples.items()}
 
 
-def _call(denoiser: Any, inputs: Inputs, timestep: torch.Tensor) -> None:
-    named = inputs["named"]
-    if "timestep" in named:  # U-Nets get theirs by position, and none of their methods asks for it
-        given = named["timestep"]
-        named = {**named, "timestep": timestep.to(given.device, given.dtype).expand(given.shape)}
-    denoiser(*inputs["positional"], **named)
+def _at(inputs: Inputs, timestep: torch.Tensor) -> Inputs:
+    """The same call at another timestep."""
+    given = inputs["named"]["timestep"]
+    return {**inputs, "named": {**inputs["named"], "timestep": timestep.to(given.device).expand(given.shape)}}
 
 
 def _of_a_run(config: Config, times: dict[str, float]) -> tuple[float, float]:
-    """Milliseconds of dense attention and of the method, in a run of `STEPS` steps or in one call."""
-    dense = times["dense"]
+    """Milliseconds without the method and with it, in a run of `STEPS` steps or in one call."""
+    dense = times[WITHOUT]
     if not isinstance(config, AdaSpa):
-        return dense, times["a call"]
+        return dense, times[CALL]
     first, *later = steps_of_run(config.search_steps, STEPS)
     sparse = STEPS - first - len(later)
     whole = (first - 1) * dense + times[FIRST] + len(later) * times[AGAIN] + sparse * times[SPARSE]

@@ -6,8 +6,7 @@
 
 Every prompt is drawn with the same seed by every variant in turn, so that a busy machine hits all alike. Accuracy is
 the share of pictures, reduced to the native size, whose nearest neighbour among all subjects is the one asked for. At
-the native size all pictures are also compared with dense attention's, by PSNR and SSIM (`attnswap[train]` has
-scikit-image for it).
+the native size all pictures are also compared with dense attention's, by PSNR and SSIM.
 """
 
 from __future__ import annotations
@@ -31,10 +30,11 @@ from ..accel.methods.clear import Clear
 from ..accel.swap import enabled
 from ..pipelines import load, presets, settings
 from ..pipelines.emoji_reference import Reference, caption, judge, psnr, sample_captions
-from ..pipelines.generate import generate, versions
+from ..pipelines.generate import generate
 from ..pipelines.job import Job
 from ..training.distill_evaluate import ssim
 from .high_resolution import SHOWN, add_outputs, publish, reduced
+from .machine import versions
 from .models import Size, pipeline_arguments
 from .table import density_text
 

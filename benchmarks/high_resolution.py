@@ -25,7 +25,7 @@ from ..accel.methods.hidiffusion import HiDiffusion
 from ..accel.swap import enabled
 from ..pipelines import load, presets
 from ..pipelines.emoji_reference import Reference, caption, judge, sample_captions
-from ..pipelines.generate import versions
+from .machine import versions
 
 # Changes to the model's preset; None is stock.
 VARIANTS: dict[str, dict[str, bool] | None] = {

@@ -79,10 +79,11 @@ def _cpu_name() -> str:
 
 def versions() -> dict[str, str]:
     found = {"attnswap": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    try:
-        found["triton"] = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        found["triton"] = "not installed"
+    for name in ("triton", "diffusers", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
         found["cudnn"] = str(torch.backends.cudnn.version())

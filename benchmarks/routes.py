@@ -28,9 +28,10 @@ from PIL import Image
 
 from ..pipelines import load, presets
 from ..pipelines.emoji_reference import Reference, caption, judge, sample_captions
-from ..pipelines.generate import generate, versions
+from ..pipelines.generate import generate
 from ..pipelines.job import Job
 from .high_resolution import SHOWN, add_outputs, publish, reduced
+from .machine import versions
 
 VARIANTS = ("direct", "direct+hidiffusion", "ladder", "superres", "superres-ladder")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import auto_method, clip, load, presets, provenance, render, resolve, save, settings, video_writer
+from . import auto_method, clip, load, model_options, presets, provenance, render, resolve, save, settings, video_writer
 from .errors import BadInput
 from .job import Job
 from .routes import Stage
@@ -41,6 +41,9 @@ def check(job: Job) -> None:
     Raises:
         BadInput: with the number or the name that is wrong.
     """
+    for name, text in (("prompt", job.prompt), ("negative", job.negative)):
+        if text and any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise BadInput(f"{name} holds what is no text: half of a surrogate pair, or bytes that are not UTF-8.")
     resolve.check_numbers(job)
     settings.build(job.methods)
 
@@ -79,6 +82,8 @@ def plan(job: Job, model: load.Model, pipe: Any, preset: presets.Preset, device:
         UnsupportedModel: nor can the method.
     """
     check(job)
+    if job.scheduler is not None:
+        job = dataclasses.replace(job, scheduler=model_options.scheduler_named(pipe, job.scheduler))
     asked = job.to_record() if job.asked is None else job.asked
     dtype = load.pick_dtype(job.dtype, device, model)
     remarks: tuple[str, ...] = ()

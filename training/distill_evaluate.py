@@ -3,7 +3,6 @@
     python -m attnswap.training.distill_evaluate [--model M] [--method NAME] [--set KEY=VALUE] [--weights WEIGHTS] …
 
 Prints JSON. For a bundled model the captions are its own, and its reference pictures judge both kinds of attention.
-SSIM comes from scikit-image: `pip install "attnswap[train]"`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from skimage.metrics import structural_similarity
 
 from ..accel.errors import AttnswapWarning, UnsupportedModel
 from ..accel.methods.base import Config
@@ -45,17 +45,8 @@ class Captions:
 
 def ssim(first: np.ndarray, second: np.ndarray) -> float:
     """Mean structural similarity of pictures `[N, H, W, 3]` in 0..1 (Wang et al. 2004, uniform windows of 7 px)."""
-    similarity = _structural_similarity()
     pairs = zip(first, second, strict=True)
-    return float(np.mean([similarity(a, b, channel_axis=-1, data_range=1.0) for a, b in pairs]))
-
-
-def _structural_similarity() -> Any:
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError:
-        raise BadInput('SSIM needs scikit-image: pip install "attnswap[train]".') from None
-    return structural_similarity
+    return float(np.mean([structural_similarity(a, b, channel_axis=-1, data_range=1.0) for a, b in pairs]))
 
 
 def evaluate(
@@ -109,10 +100,8 @@ def measure(
     """Figures for dense attention and for each of `methods`, by its name there.
 
     Raises:
-        BadInput: scikit-image is missing.
         JobFailed: a picture came out black.
     """
-    _structural_similarity()  # said before anything is drawn
     texts, reference = captions.texts, captions.reference
 
     def pictures() -> np.ndarray:
