@@ -18,7 +18,9 @@ def train(kind: type[Settings], options: argparse.Namespace) -> int:
     from ..training.distill import distill
     from ..training.distill_report import write_report
 
-    given = {name: value for name, value in vars(options).items() if name not in ("run", "arguments") and value is not None}
+    given = {
+        name: value for name, value in vars(options).items() if name not in ("run", "arguments") and value is not None
+    }
     progress = sys.stderr.isatty()
     quieten(progress)
     finished = distill(
