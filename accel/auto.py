@@ -6,7 +6,7 @@ Dense attention stays below measured break-even points: there a method costs mor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,27 +36,30 @@ class BreakEven:
     Attributes:
         tokens: of the longest sequence that attention sees in a call, text included.
         measured: with what.
+        radius: of CLEAR's circle.
+        beside: a method that acts in the same calls, which are faster already.
     """
 
     method: str
     device: str
     tokens: int
     measured: str
+    radius: float = 0.0
+    beside: str = ""
 
 
 #: As `python -m attnswap.benchmarks.break_even` measured them. HiDiffusion has a rule of its own, by area.
 BREAK_EVEN = (
-    BreakEven("adaspa", "cpu", 2048, "emoji-video, calls of a whole run of 12 steps"),
-    BreakEven("clear", "cpu", 1024, "emoji-flux, a call"),
-    BreakEven("linfusion", "cpu", 1024, "emoji-sd, a call"),
+    BreakEven("adaspa", "cpu", 630, "emoji-video, a run of 50 steps"),
+    BreakEven("clear", "cpu", 646, "emoji-flux, a call", radius=3),
+    BreakEven("clear", "cpu", 1641, "emoji-flux, a call", radius=16),
+    BreakEven("linfusion", "cpu", 580, "emoji-sd, a call"),
+    BreakEven("linfusion", "cpu", 2325, "emoji-sd, a call", beside="hidiffusion"),
 )
 
-#: In the order of preference; those of a row act together.
-PREFERENCES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "unet": (("hidiffusion", "linfusion"),),
-    "image": (("clear",), ("adaspa",)),
-    "video": (("adaspa",),),
-}
+#: By kind of model, the methods that are taken, together where each can act. What AdaSpa does to pictures has not been
+#: measured, as it has for clips: who wants it there can name it.
+TAKEN: dict[str, tuple[str, ...]] = {"unet": ("hidiffusion", "linfusion"), "image": ("clear",), "video": ("adaspa",)}
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,20 @@ class Choice:
     least: Mapping[str, int] = field(default_factory=dict)
 
 
-def break_even(method: str, device: str) -> tuple[int, str]:
-    """The tokens from which a method is faster than dense attention, and where that was measured, in words."""
-    known = {entry.device: entry for entry in BREAK_EVEN if entry.method == method}
-    if device in known:
-        return known[device].tokens, f"measured on {device}"
-    return known["cpu"].tokens, f"measured on the CPU alone, and not on {device}"
+def break_even(config: Config, device: str, beside: Sequence[str] = ()) -> tuple[int, str]:
+    """The tokens from which a method makes calls faster, and where that was measured, in words.
+
+    Args:
+        beside: names of methods that act there, too; dense attention without.
+    """
+    radius = getattr(config, "radius", None) or 0.0
+    known = [entry for entry in BREAK_EVEN if entry.method == config.name and entry.beside == "".join(beside)]
+    here = [entry for entry in known if entry.device == device]
+    where = f"measured on {device}" if here else f"measured on the CPU, and not on {device}"
+    # The larger the circle, the later: of those measured the next larger one, else the largest.
+    known = sorted(here or known, key=lambda entry: entry.radius)
+    nearest = next((entry for entry in known if entry.radius >= radius), known[-1])
+    return nearest.tokens, where
 
 
 def choose(kind: str, candidates: Mapping[str, Candidate], device: str, size: Size | None = None) -> Choice:
@@ -124,34 +135,33 @@ def choose(kind: str, candidates: Mapping[str, Candidate], device: str, size: Si
     configs: list[Config] = []
     reasons: list[str] = []
     least: dict[str, int] = {}
-    for together in PREFERENCES[kind]:
-        for method in together:
-            config, about = candidates[method].config, candidates[method].about
-            if config is None:
-                reasons.append(f"{method}: {about}")
-            elif isinstance(config, AdaSpa) and size is not None and not _has_sparse_steps(config, size.steps):
-                reasons.append(f"adaspa: a run of {size.steps} steps has none after its first search")
-            elif isinstance(config, HiDiffusion):
-                areas = None if size is None else size.area / candidates[method].native_area
-                reasons.append(_by_area(config, areas))
-                if areas is None or areas > config.active_above:
-                    configs.append(config)
-            else:
-                known, where = break_even(method, device)
-                # AdaSpa knows such a number, too, and for some models a larger one is wise.
-                least[method] = max(known, getattr(config, "min_tokens", 0))
-                reasons.append(_by_tokens(method, least[method], where if least[method] == known else "", size))
-                if size is None or size.tokens >= least[method]:
-                    configs.append(replace(config, min_tokens=least[method]) if isinstance(config, AdaSpa) else config)
-                    reasons[-1] += f", weights {about} are here" if about else ""
-        if configs:
-            break
+    for method in TAKEN[kind]:
+        config, about = candidates[method].config, candidates[method].about
+        if config is None:
+            reasons.append(f"{method}: {about}")
+        elif isinstance(config, AdaSpa) and size is not None and not _has_sparse_steps(config, size.steps):
+            reasons.append(f"adaspa: no step of {size.steps} is after its first search")
+        elif isinstance(config, HiDiffusion):
+            areas = None if size is None else size.area / candidates[method].native_area
+            reasons.append(_by_area(config, areas))
+            if areas is None or areas > config.active_above:
+                configs.append(config)
+        else:
+            least[method], acts, why = _least(config, device, [other.name for other in configs])
+            point = f"{acts} {least[method]:,}"
+            reasons.append(f"{size.tokens:,} tokens, {point} ({why})" if size else f"{point} tokens ({why})")
+            if size is None or size.tokens >= least[method]:
+                configs.append(replace(config, min_tokens=least[method]) if isinstance(config, AdaSpa) else config)
+                reasons[-1] += f", weights {about} are here" if about else ""
     names = " + ".join(config.name for config in configs) or "dense attention"
     return Choice(tuple(configs), f"auto: {names}: {'; '.join(reasons)}", {} if size else least)
 
 
 def _has_sparse_steps(config: AdaSpa, steps: int | None) -> bool:
-    return steps is None or steps_of_run(config.search_steps, steps)[0] < steps
+    try:
+        return steps is None or steps_of_run(config.search_steps, steps)[0] < steps
+    except ValueError:  # one is beyond the run
+        return False
 
 
 def _by_area(config: HiDiffusion, areas: float | None) -> str:
@@ -159,19 +169,21 @@ def _by_area(config: HiDiffusion, areas: float | None) -> str:
     return f"{acts} the native area" if areas is None else f"{areas:.3g} times the native area, {acts}"
 
 
-def _by_tokens(method: str, least: int, where: str, size: Size | None) -> str:
-    breaks_even = f"{method} breaks even at {least:,} ({where})" if where else f"{method} acts from {least:,}"
-    return f"{breaks_even} tokens" if size is None else f"{size.tokens:,} tokens, {breaks_even}"
+def _least(config: Config, device: str, beside: Sequence[str]) -> tuple[int, str, str]:
+    """The tokens from which a method is to act; what it does there, and why, in words."""
+    point, where = break_even(config, device, beside)
+    # For the sake of the picture, AdaSpa has such a number itself.
+    if isinstance(config, AdaSpa) and config.min_tokens > point:
+        return config.min_tokens, f"{config.name} acts from", "its min_tokens"
+    return point, f"{config.name} breaks even at", f"{where}{f', beside {beside[0]}' if beside else ''}"
 
 
 def choose_for(model: nn.Module, pipeline: Any = None) -> Choice:
-    """The methods for a denoiser whose calls are to come.
-
-    Raises:
-        UnsupportedModel: none can act.
-    """
+    """The methods for a denoiser whose calls are to come."""
     device = getattr(pipeline, "_execution_device", None) or next(model.parameters()).device
-    return choose(family_of(model).kind, candidates(model, pipeline=pipeline), device.type)
+    # One without weights has no place to run yet.
+    kind = "cpu" if device.type == "meta" else device.type
+    return choose(family_of(model).kind, candidates(model, pipeline=pipeline), kind)
 
 
 def candidates(
@@ -183,22 +195,14 @@ def candidates(
         model: a denoiser.
         pipeline: it belongs to.
         settings: by method, those that differ from its defaults.
-
-    Raises:
-        UnsupportedModel: none can act, with the reasons.
     """
-    kind = family_of(model).kind
-    methods = [method for together in PREFERENCES[kind] for method in together]
-    found = {method: _candidate(method, (settings or {}).get(method, {}), model, pipeline) for method in methods}
-    if all(candidate.config is None for candidate in found.values()):
-        why = "; ".join(f"{method}: {candidate.about}" for method, candidate in found.items())
-        raise UnsupportedModel(f"auto finds no method for {type(model).__name__}: {why}")
-    return found
+    return {
+        method: _candidate(method, (settings or {}).get(method, {}), model, pipeline)
+        for method in TAKEN[family_of(model).kind]
+    }
 
 
 def _candidate(method: str, settings: Mapping[str, Any], model: nn.Module, pipeline: Any) -> Candidate:
-    if method == AdaSpa.name:
-        settings = {"min_tokens": 0, **settings}
     config = CONFIGS[method].from_dict(settings)
     try:
         [strategy] = Installation(model, [config], Clock(), pipeline=pipeline).strategies

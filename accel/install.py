@@ -24,12 +24,16 @@ from .report import Details, LayerPlan, LayerRecord, PlannedCall, Recorder
 ATTRIBUTE = "_attnswap"
 
 
+#: What a report calls an installation without a method.
+DENSE = "dense attention"
+
+
 class Installation:
     """What `enable` does to one denoiser.
 
     Args:
         model: the denoiser.
-        configs: methods that may be combined.
+        configs: methods that may be combined; none where `auto` chose none.
         clock: shared by the denoisers of a pipeline.
         pipeline: the pipeline that was enabled, if it was one.
         entry: the module a pipeline calls, where that is a compiled wrapper of `model`.
@@ -49,7 +53,7 @@ class Installation:
         self.model = model
         self.family = family_of(model)
         self._pipeline_schedule: Any = None
-        names = tuple(config.name for config in configs)
+        names = tuple(config.name for config in configs) or (DENSE,)
         _check_kind(model, self.family, names)
         config = configs[0].to_dict() if len(configs) == 1 else {c.name: c.to_dict() for c in configs}
         self.recorder = Recorder(type(model).__name__, names, config, details=self._details)
@@ -215,7 +219,7 @@ class Installation:
             least = self._least.get(strategy.config.name, 0)
             if longest and longest < least:
                 name = strategy.config.name
-                self.recorder.note(f"a call over {longest:,} tokens ran without {name}, which breaks even at {least:,}")
+                self.recorder.note(f"a call over {longest:,} tokens ran without {name}, which acts from {least:,} on")
             else:
                 chosen.append(strategy)
         return chosen
@@ -260,7 +264,7 @@ class Installation:
 
 def _check_kind(model: nn.Module, family: Family, methods: Sequence[str]) -> None:
     for method in methods:
-        if family.kind not in STRATEGIES[method].kinds:
+        if method != DENSE and family.kind not in STRATEGIES[method].kinds:
             fitting = [name for name, strategy in STRATEGIES.items() if family.kind in strategy.kinds]
             models = [known.model_class for known in FAMILIES if known.kind in STRATEGIES[method].kinds]
             raise UnsupportedModel(

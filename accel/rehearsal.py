@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ class Rehearsal:
         steps: of the run.
         pairs: of each step.
         dense_pairs: of a call of the stock model.
+        operations: of all calls of the run, beside what a method adds to the model (`CallOperations`).
         layers: by dotted name, over the run.
         notes: what the report of such a run would say.
     """
@@ -46,6 +49,7 @@ class Rehearsal:
     steps: int
     pairs: tuple[float, ...]
     dense_pairs: int
+    operations: float | None
     layers: Mapping[str, LayerCost]
     notes: tuple[str, ...]
 
@@ -76,15 +80,73 @@ def places(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Place]:
     return family_of(model).places(model)(dict(arguments))
 
 
+class CallOperations:
+    """Operations of a call of an empty model, in matrix products and convolutions, two for each product.
+
+    It is run on tensors without data. Counts are kept by the tokens of the layers: a method may change the sizes of
+    maps from step to step.
+
+    Args:
+        model: on the meta device.
+        arguments: of a call (`families.calls.call_arguments`).
+    """
+
+    def __init__(self, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        self._model, self._arguments = model, arguments
+        self._counted: dict[tuple[int, ...], float | None] = {}
+        layers = attention_layers(model)
+        self._widths = {name: layers[name].heads * head_dim(layers[name]) for name in places(model, arguments)}
+
+    def attention(self, pairs: Mapping[str, float]) -> float:
+        """Of self-attention over the picture or clip, by the query-key pairs of each layer: scores, and their sums of
+        values."""
+        return sum(4.0 * count * self._widths[name] for name, count in pairs.items())
+
+    def of_a_call(self, tokens: Mapping[str, int], pairs: Mapping[str, float]) -> float | None:
+        """Of all of it, with so many tokens and pairs in each layer; None where the model looks at data on its way.
+
+        Args:
+            tokens: those it has in a call now.
+        """
+        key = tuple(tokens.values())
+        if key not in self._counted:
+            self._counted[key] = self._run()
+        dense = self._counted[key]
+        if dense is None:
+            return None
+        return dense - self.attention({name: count**2 for name, count in tokens.items()}) + self.attention(pairs)
+
+    def _run(self) -> float | None:
+        counter = FlopCounterMode(display=False)
+        try:
+            with counter, torch.no_grad():
+                self._model(**{name: _without_data(value) for name, value in self._arguments.items()})
+        except (RuntimeError, NotImplementedError):
+            return None
+        return float(counter.get_total_flops())
+
+
+def _without_data(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
 def rehearse(
-    model: nn.Module, configs: Sequence[Config], arguments: Mapping[str, Any], *, steps: int, pipeline: Any = None
+    model: nn.Module,
+    configs: Sequence[Config],
+    arguments: Mapping[str, Any],
+    *,
+    steps: int,
+    operations: CallOperations,
+    pipeline: Any = None,
 ) -> Rehearsal:
     """A run with methods, of which nothing but the plans is made.
 
     Args:
         model: an empty denoiser (on the meta device), which is left as it was.
+        configs: none for dense attention.
         arguments: of a call (`families.calls.call_arguments`).
-        pipeline: it belongs to.
+        operations: of such calls.
+        pipeline: the model belongs to.
 
     Raises:
         UnsupportedModel: a method cannot apply to any layer.
@@ -94,35 +156,34 @@ def rehearse(
     installation = Installation(model, configs, clock, pipeline=pipeline)
     # What changes the sizes of maps does so by edits to the model.
     resizing = [strategy for strategy in installation.strategies if strategy.resizes]
-    stock = places(model, arguments)
-    layouts = {name: installation.slots[name].layout if name in installation.slots else Layout(name) for name in stock}
-    counts: dict[str, list[float]] = {name: [0.0, 0] for name in stock}
-    per_step = []
+    slots, stock = installation.slots, places(model, arguments)
+    layouts = {name: slots[name].layout if name in slots else Layout(name) for name in stock}
+    layers: dict[str, LayerCost] = {name: LayerCost(0.0, 0, name in slots) for name in stock}
+    per_step: list[tuple[float, float | None]] = []
     timesteps = torch.linspace(1000, 1, steps)
     clock.set_timesteps(timesteps)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", AttnswapWarning)  # nothing has happened yet
         for strategy in resizing:
             strategy.install(passive=False)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AttnswapWarning)  # nothing has happened yet
-            for timestep in timesteps:
-                clock.tick(timestep, "rehearsal")
-                installation.plan(Call(dict(arguments)), layouts)
-                pairs = {name: _pairs(installation, layout) for name, layout in layouts.items()}
-                for name, layout in layouts.items():
-                    counts[name][0] += pairs[name]
-                    counts[name][1] += layout.place.tokens**2
-                per_step.append(sum(pairs.values()))
-    finally:
-        for strategy in resizing:
-            strategy.remove()
+            stack.callback(strategy.remove)
+        for timestep in timesteps:
+            clock.tick(timestep, "rehearsal")
+            installation.plan(Call(dict(arguments)), layouts)
+            tokens = {name: layout.place.tokens for name, layout in layouts.items()}
+            pairs = {name: _pairs(installation, layout) for name, layout in layouts.items()}
+            for name, cost in layers.items():
+                whole = cost.dense_pairs + tokens[name] ** 2
+                layers[name] = replace(cost, pairs=cost.pairs + pairs[name], dense_pairs=whole)
+            per_step.append((sum(pairs.values()), operations.of_a_call(tokens, pairs)))
+    counted = [count for _, count in per_step if count is not None]
     return Rehearsal(
         steps=steps,
-        pairs=tuple(per_step),
+        pairs=tuple(pairs for pairs, _ in per_step),
         dense_pairs=sum(place.tokens**2 for place in stock.values()),
-        layers={
-            name: LayerCost(pairs, int(dense), name in installation.slots) for name, (pairs, dense) in counts.items()
-        },
+        operations=math.fsum(counted) if len(counted) == steps else None,
+        layers=layers,
         notes=tuple(installation.recorder.notes),
     )
 
@@ -133,29 +194,3 @@ def _pairs(installation: Installation, layout: Layout) -> float:
     installation.slots[layout.layer].strategy.rehearse(layout)
     pairs = layout.plan.pairs
     return float(layout.place.tokens**2 if pairs is None else pairs)
-
-
-def attention_operations(model: nn.Module, arguments: Mapping[str, Any]) -> float:
-    """Of dense self-attention over the picture or clip in a call: two for each product of query and key, and as many
-    for the values."""
-    layers = attention_layers(model)
-    return sum(
-        4.0 * place.tokens**2 * layers[name].heads * head_dim(layers[name])
-        for name, place in places(model, arguments).items()
-    )
-
-
-def operations(model: nn.Module, arguments: Mapping[str, Any]) -> float:
-    """Of a whole call of an empty model, in matrix products and convolutions: run on tensors without data.
-
-    Raises:
-        RuntimeError: the model looks at data on its way, and has none.
-    """
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(**{name: _without_data(value) for name, value in arguments.items()})
-    return float(counter.get_total_flops())
-
-
-def _without_data(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value

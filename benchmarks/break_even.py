@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m attnswap.benchmarks.break_even --json benchmarks/results/break-even-cpu-DATE.json
 
-Dense and accelerated calls take turns. On a CPU, what counts is the time that this process had of it, so that it does
-not matter what else the machine is doing, and of several calls the fastest. AdaSpa is dense at first and searches, so that what counts is a run: of each
-of its kinds of call one is timed, and their times are added up as a published run of 50 steps has them.
-`accel/auto.py` holds what was found.
+Calls without and with a method take turns. On a CPU, what counts is the time that this process had of it, so that it
+does not matter what else the machine is doing, and of several calls the fastest. AdaSpa is dense at first and searches,
+so that what counts is a run: of each of its kinds of call one is timed, and their times are added up as a published run
+of 50 steps has them. `accel/auto.py` holds what was found.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def measure(probe: Probe, *, device: torch.device, rounds: int = ROUNDS, say: Ca
     pipe.to(device).set_progress_bar_config(disable=True)
     denoiser = denoiser_of(pipe)
     clock = CudaClock(device) if device.type == "cuda" else ProcessClock()
-    points = []
+    points: list[dict[str, Any]] = []
     for side, frames in probe.sizes:
         arguments = pipeline_arguments(pipe, preset, Size("", side, side, frames), preset.steps or STEPS)
         inputs = calls_at(pipe, arguments, 0, {1})[1]
@@ -149,7 +149,7 @@ def _tokens(denoiser: Any, inputs: Inputs) -> int:
 
 
 def _times(denoiser: Any, probe: Probe, inputs: Inputs, clock: Clock, rounds: int) -> dict[str, float]:
-    """Milliseconds of the fastest call without the method, and of each kind of call with it; one round only warms up."""
+    """Milliseconds of the fastest call without the method, and of each kind of call with it, after one to warm up."""
     config, timesteps, calls = probe.config, inputs["timesteps"], {CALL: inputs}
     if isinstance(config, AdaSpa):
         config, timesteps = replace(config, search_steps=(1, 3)), torch.linspace(900, 1, 3)

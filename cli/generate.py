@@ -110,9 +110,14 @@ def _summary(result: Result) -> str:
             f"{_files(job)}: {job_options.summary_of_size(job)}, {job.steps} steps, seed {job.seed}",
             *(f"{job.route}, {stage}" for stage in result.stages if stage.total > 1),
             f"{result.seconds:.1f} s on {result.device}{peak}",
-            str(result.report) if result.report else "dense attention (no --method)",
+            str(result.report or _dense(result)),
         ]
     )
+
+
+def _dense(result: Result) -> str:
+    remarks = result.record.get("remarks", [])
+    return "\n  ".join(["dense attention", *remarks]) if remarks else "dense attention (no --method)"
 
 
 def _files(job: Job) -> str:

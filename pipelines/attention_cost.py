@@ -76,7 +76,8 @@ class MethodCost:
         share: of those of dense attention.
         last_share: the same in the last step, when what is only done at first is over.
         density: as the report of such a run would have it.
-        most: how many times faster a call can become at most, by what attention saves; None where nobody can tell.
+        most: how many times fewer operations a call takes, beside what the method adds: it cannot become faster than
+            that by them. None where they cannot be counted.
         notes: what the report would say.
     """
 
@@ -94,8 +95,8 @@ class Cost:
     """What self-attention over a picture or clip costs in a call of the denoiser, for one of a batch, without guidance.
 
     Attributes:
-        grid: (f, h, w) of the tokens; of a U-Net's latent.
-        tokens: of the longest sequence.
+        grid: (h, w), or (f, h, w), of the picture or clip in the longest sequence.
+        tokens: of that sequence, those beside the grid included.
         layers: with self-attention over the picture or clip.
         pairs: query-key pairs of dense attention.
         operations: of dense attention.
@@ -107,7 +108,7 @@ class Cost:
     height: int
     frames: int | None
     steps: int
-    grid: Grid
+    grid: tuple[int, ...]
     tokens: int
     layers: int
     pairs: int
@@ -139,33 +140,35 @@ def cost_of(pipe: Any, preset: Preset, job: Job, methods: Mapping[str, Sequence[
     denoiser = denoiser_of(pipe)
     arguments = arguments_of(pipe, preset, width=job.width, height=job.height, frames=frames)
     places = rehearsal.places(denoiser, arguments)
-    attention = rehearsal.attention_operations(denoiser, arguments)
-    try:
-        whole: float | None = rehearsal.operations(denoiser, arguments)
-    except (RuntimeError, NotImplementedError):
-        whole = None
+    longest = max(places.values(), key=lambda place: place.tokens)
+    counts = rehearsal.CallOperations(denoiser, arguments)
+
+    def run(configs: Sequence[Config]) -> rehearsal.Rehearsal:
+        return rehearsal.rehearse(denoiser, configs, arguments, steps=steps, operations=counts, pipeline=pipe)
+
+    steps = job.steps
+    dense = run([])
     found = []
     for name, configs in methods.items():
         try:
-            run = rehearsal.rehearse(denoiser, configs, arguments, steps=job.steps, pipeline=pipe)
+            done = run(configs)
         except UnsupportedModel:
             continue
         except ValueError as error:
             raise BadInput(f"{name}: {error}") from error
-        saved = None if whole is None else attention * (1 - run.share)
-        most = None if whole is None or saved is None else whole / (whole - saved)
-        pairs = sum(run.pairs) / run.steps
-        found.append(MethodCost(name, pairs, run.share, run.share_of_last, run.density, most, run.notes))
+        most = dense.operations / done.operations if dense.operations and done.operations else None
+        mean = sum(done.pairs) / steps
+        found.append(MethodCost(name, mean, done.share, done.share_of_last, done.density, most, done.notes))
     return Cost(
         job.width,
         job.height,
         job.frames,
         job.steps,
-        grid_of(pipe, job.width, job.height, frames),
-        max(place.tokens for place in places.values()),
+        longest.grid,
+        longest.tokens,
         len(places),
-        sum(place.tokens**2 for place in places.values()),
-        attention,
-        whole,
+        dense.dense_pairs,
+        counts.attention({name: place.tokens**2 for name, place in places.items()}),
+        dense.operations and dense.operations / steps,
         tuple(found),
     )

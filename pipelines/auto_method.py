@@ -37,9 +37,6 @@ def choose(
         frames: that the denoiser sees at a time, of a clip.
         steps: of the run.
         device: it will run on.
-
-    Raises:
-        UnsupportedModel: no method can act on the model, at any size.
     """
     model = attention_cost.denoiser_of(pipe)
     presets = {name: preset.settings_of(name, width, height) for name in settings.known_methods()}

@@ -120,12 +120,9 @@ def inspect_model(
 def _auto(pipe: Any, preset: Preset, job: Job, device: torch.device) -> Auto:
     assert job.width is not None
     assert job.height is not None
-    try:
-        found = auto_method.choose(
-            pipe, preset, width=job.width, height=job.height, frames=job.frames, steps=job.steps, device=device
-        )
-    except UnsupportedModel as error:
-        return Auto({}, str(error))
+    found = auto_method.choose(
+        pipe, preset, width=job.width, height=job.height, frames=job.frames, steps=job.steps, device=device
+    )
     return Auto(*found)
 
 

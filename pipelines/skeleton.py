@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +64,9 @@ def skeleton_pipe(model: Model) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it remarks on what is missing, which is meant
     try:
-        pipe = cls(**given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of old settings, for whoever loads the model
+            pipe = cls(**given)
     except Exception as error:  # whatever a class does with a part that is None
         raise UnsupportedModel(
             f"{model.name}: a {model.pipeline} cannot be built without its weights: {type(error).__name__}: {error}"

@@ -231,13 +231,12 @@ class TestRecordsOfAnybody:
             write("odd.png", **{name: value})
             assert attnswap("show", "odd.png")[0] == 0
 
-    @pytest.mark.parametrize("flags", [(), ("--json",)])
-    def test_nested_too_deep_are_refused_in_a_line(self, attnswap: Cli, flags: tuple[str, ...]) -> None:
+    def test_nested_too_deep_are_refused_in_a_line(self, attnswap: Cli) -> None:
         deep: list[Any] = []
-        for _ in range(800):
+        for _ in range(600):
             deep = [deep]
         write("deep.png", methods={"hidiffusion": {"windows": deep}})
-        refused(attnswap("show", "deep.png", *flags), "deep.png", "nested too deep")
+        refused(attnswap("show", "deep.png"), "deep.png", "nested too deep")
 
     def test_of_an_earlier_version_are_shown(self, attnswap: Cli) -> None:
         save.write_png(Image.new("RGB", (8, 8)), Path("old.png"), {"prompt": "a fox", "seed": 1})

@@ -41,7 +41,7 @@ def _empty(*shape: int) -> Tensor:
 def _unet(model: Any, grid: Grid, text: int) -> dict[str, Any]:
     config = model.config
     width = config.cross_attention_dim
-    arguments = {
+    arguments: dict[str, Any] = {
         "sample": _empty(1, config.in_channels, *grid[1:]),
         "timestep": _empty(1),
         "encoder_hidden_states": _empty(1, text, max(width) if isinstance(width, list | tuple) else width),

@@ -23,7 +23,7 @@ from .adaspa_graph import Seat, attend_in_graph
 from .adaspa_order import Arrangement, TileOrder
 from .adaspa_report import details_of
 from .adaspa_schedule import PUBLISHED, Phase, UnknownSteps, check_search_steps, steps_of_run
-from .adaspa_state import CallShape, LayerState, Mode, SparsePlan, pairs_of
+from .adaspa_state import CallShape, LayerState, Mode, SparsePlan, expected_pairs
 from .base import Config, Strategy
 
 _SIDES = (16, 32, 64, 128)
@@ -277,22 +277,16 @@ class AdaSpaStrategy(Strategy):
         return arrangement.restore(out) if dense is None else dense
 
     def rehearse(self, layout: Layout) -> None:
-        """A search finds as many pairs wherever the attention lies; only the shorter last block makes a difference."""
         plan: SparsePlan = layout.plan
         if not plan.searches:
             return
-        if layout.place not in self._expected:
-            lengths = (-(-layout.place.tokens // side) for side in self.config.block)
-            text = Arrangement.of(layout.place, self._tile_order(layout, torch.device("cpu")), None).text
-            selection = kernels.select_blocks(
-                torch.rand(1, 1, *lengths, generator=torch.Generator().manual_seed(0)),
-                sparsity=self.config.sparsity,
-                block=self.config.block,
-                text=text if self.config.text_sink else (),
-                head_adaptive=False,
+        place, config = layout.place, self.config
+        if place not in self._expected:
+            text = Arrangement.of(place, self._tile_order(layout, torch.device("cpu")), None).text
+            self._expected[place] = expected_pairs(
+                place.tokens, config.block, config.sparsity, text if config.text_sink else ()
             )
-            self._expected[layout.place] = pairs_of(selection.mask, layout.place.tokens)
-        plan.state.pairs, plan.state.searched_at = self._expected[layout.place], plan.phase.step
+        plan.state.pairs, plan.state.searched_at = self._expected[place], plan.phase.step
 
     def _search_first(
         self,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
+from ... import kernels
 from ...kernels import BlockMask, Selection
 from ..families.base import Place
 from .adaspa_schedule import Phase
@@ -109,6 +111,21 @@ def pairs_of(mask: BlockMask, tokens: int) -> Tensor:
     queries = torch.full((query_blocks,), rows, dtype=exact, device=mask.device)
     queries[-1] = tokens - (query_blocks - 1) * rows
     return (keys @ queries).mean()
+
+
+def expected_pairs(tokens: int, block: tuple[int, int], sparsity: float, text: Sequence[tuple[int, int]]) -> Tensor:
+    """`pairs_of` a mask that is yet to be searched: as many blocks are kept wherever attention lies, and a shorter last
+    one has as much less of it.
+
+    Args:
+        text: ranges of tokens of which every block is kept.
+    """
+    rows, columns = (-(-tokens // side) for side in block)
+    keys = torch.full((columns,), float(block[1]))
+    keys[-1] -= -tokens % block[1]
+    chance = torch.rand(1, 1, rows, columns, generator=torch.Generator().manual_seed(0))
+    found = kernels.select_blocks(chance * keys, sparsity=sparsity, block=block, text=text, head_adaptive=False)
+    return pairs_of(found.mask, tokens)
 
 
 @dataclass
