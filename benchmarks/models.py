@@ -24,6 +24,7 @@ from ..accel.report import Report
 from ..accel.swap import enabled
 from ..pipelines import clip, guidance, load, presets, settings
 from ..pipelines.job import Job
+from ..pipelines.names import DENOISERS
 from ..pipelines.resolve import native_side
 from .registry import Benchmark, Case, Contender, Inputs, Prepared, Unavailable
 from .result import Result
@@ -153,7 +154,7 @@ def denoiser_of(pipe: Any) -> Any:
 
 
 def denoisers_of(pipe: Any) -> list[Any]:
-    found = (getattr(pipe, name, None) for name in load.DENOISERS)
+    found = (getattr(pipe, name, None) for name in DENOISERS)
     return [denoiser for denoiser in found if denoiser is not None]
 
 

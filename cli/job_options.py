@@ -104,7 +104,7 @@ def fields(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         BadInput: a rate or an adapter that is none.
     """
-    from ..pipelines import clip, model_options
+    from ..pipelines import clip, lora
 
     found = {name: value for name in NAMES if (value := getattr(options, name, None)) is not None}
     if options.fps is not None:
@@ -112,7 +112,7 @@ def fields(options: argparse.Namespace) -> dict[str, Any]:
     if options.image is not None:
         found["image"] = Path(options.image)
     if options.lora is not None:
-        found["loras"] = tuple(model_options.parse_lora(text) for text in options.lora)
+        found["loras"] = tuple(lora.parse_lora(text) for text in options.lora)
     return found
 
 

@@ -17,12 +17,18 @@ MAX_FPS_DENOMINATOR = 100_000
 FPS_TEXT = re.compile(r"\s*[-+]?\d{0,18}([./]\d{0,18})?\s*")
 # Frames a second that the models were trained at, which only their papers and cards say.
 FPS = {
+    "AnimateDiffPipeline": 8,
+    "CogVideoXImageToVideoPipeline": 8,
     "CogVideoXPipeline": 8,
-    "HunyuanVideoPipeline": 24,
+    "HunyuanVideo15ImageToVideoPipeline": 24,
     "HunyuanVideo15Pipeline": 24,
+    "HunyuanVideoImageToVideoPipeline": 24,
+    "HunyuanVideoPipeline": 24,
+    "LTXImageToVideoPipeline": 25,
     "LTXPipeline": 25,
     "MochiPipeline": 30,
     "SanaVideoPipeline": 16,
+    "WanImageToVideoPipeline": 16,
     "WanPipeline": 16,
 }
 # What pipelines call the argument, and the frames that one latent frame stands for.
@@ -68,8 +74,10 @@ def native_fps(pipe: Any) -> Fraction | None:
     """Frames a second that clips of the model are to be shown at; None where nobody says."""
     name = type(pipe).__name__
     # The small Wan 2.2 differs from the others.
-    fps = 24 if name == "WanPipeline" and pipe.config.expand_timesteps else FPS.get(name)
-    return Fraction(fps) if fps else None
+    fps = 24 if name.startswith("Wan") and getattr(pipe.config, "expand_timesteps", False) else FPS.get(name)
+    if fps is None and "frame_rate" in (accepted := inspect.signature(pipe.__call__).parameters):
+        fps = accepted["frame_rate"].default
+    return Fraction(fps) if isinstance(fps, int | float) else None
 
 
 def native_frames(pipe: Any) -> int | None:
@@ -88,9 +96,10 @@ def native_size(pipe: Any) -> tuple[int, int] | None:
     accepted, config = inspect.signature(pipe.__call__).parameters, _denoiser(pipe).config
     sides: list[Any] = []
     for name in ("width", "height"):
-        side = accepted[name].default or getattr(pipe, f"default_{name}", None)
-        if not side and getattr(config, f"sample_{name}", None):
-            side = getattr(config, f"sample_{name}") * spatial_factor(pipe)
+        side = (name in accepted and accepted[name].default) or getattr(pipe, f"default_{name}", None)
+        sample = getattr(config, f"sample_{name}", None) or getattr(config, "sample_size", None)
+        if not side and isinstance(sample, int):
+            side = sample * spatial_factor(pipe)
         sides.append(side)
     return (int(sides[0]), int(sides[1])) if all(sides) else None
 

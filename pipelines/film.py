@@ -20,11 +20,14 @@ Made = TypeVar("Made")
 
 # Their last act is to decode all latents at once; so they can be stopped there, and the rest done in chunks.
 DECODE_LAST = (
+    "CogVideoXImageToVideoPipeline",
     "CogVideoXPipeline",
     "HunyuanVideo15Pipeline",
     "HunyuanVideoPipeline",
+    "LTXImageToVideoPipeline",
     "LTXPipeline",
     "MochiPipeline",
+    "WanImageToVideoPipeline",
     "WanPipeline",
 )
 
@@ -108,12 +111,12 @@ class Film(Runner):
         assert job.fps is not None
         named = dict.fromkeys(clip.FRAMES, job.frames)
         rate = int(job.fps) if job.fps.denominator == 1 else float(job.fps)
+        first = {"image": self._begin_with(pipe, stage)} if job.image is not None else {}
         with self._in_windows(stage) as noise:
-            output = self._call(pipe, stage, **named, frame_rate=rate, **noise)
+            output = self._call(pipe, stage, **named, frame_rate=rate, **first, **noise)
         if getattr(output, "audio", None) is not None:
             self._say(f"{type(pipe).__name__} makes sound, too, which is left out.")
-        frames: torch.Tensor = output.frames
-        return frames
+        return self._made(output, "frames")
 
     @contextmanager
     def _in_windows(self, stage: Stage) -> Iterator[dict[str, Any]]:

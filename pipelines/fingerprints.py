@@ -13,7 +13,7 @@ from .errors import BadInput, JobFailed
 
 if TYPE_CHECKING:
     from .load import Model
-    from .model_options import Lora
+    from .lora import Lora
 
 # What a pipeline reads beside its weights. Indices only tell which part of the weights is in which file.
 TEXTS = (".json", ".txt", ".model", ".jinja")
@@ -61,7 +61,7 @@ def of_model(model: Model, variant: str | None) -> str | None:
 
 def of_lora(lora: Lora) -> str | None:
     """Of the file of an adapter; None where it is not on this machine."""
-    from .model_options import lora_file
+    from .lora import lora_file
 
     try:
         return fingerprint(lora_file(lora)) if _on_this_machine(lora.id) else None

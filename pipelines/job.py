@@ -12,7 +12,7 @@ from typing import Any
 
 from .clip import parse_fps
 from .errors import BadInput
-from .model_options import Lora
+from .lora import Lora
 
 MAX_SIDE = 16384
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ import torch
 
 from ..accel.errors import UnsupportedModel
 from .errors import BadInput, JobFailed, near
+from .names import DENOISERS, HUB_ID, PICKLES
 
 BUNDLED = Path(__file__).parent / "bundled"
-DENOISERS = ("unet", "transformer", "transformer_2")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -25,7 +23,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -56,8 +53,8 @@ def bundled() -> dict[str, Path]:
 def find(name: str, *, variant: str | None = None, weights: bool = True) -> Model:
     """Finds a bundled model, a local folder or a Hub id, in this order, and checks that it can be used.
 
-    Only a Hub id may cause a request, and only if it is not on this machine already. `weights=False` asks the Hub for
-    the configuration files alone.
+    Only a Hub id may cause a request: for what is not here yet, and whether it has changed. With HF_HUB_OFFLINE set,
+    none does. `weights=False` asks the Hub for the configuration files alone.
 
     Raises:
         BadInput: there is no such model, or its weights are pickles.
@@ -83,7 +80,7 @@ def load(model: Model, *, dtype: torch.dtype, variant: str | None = None) -> Any
         return DiffusionPipeline.from_pretrained(
             model.folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged folder makes its many readers stumble over
         raise JobFailed(f"{model.name} could not be loaded: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -173,12 +170,14 @@ def _from_hub(name: str, variant: str | None, weights: bool) -> Path:
 def _read(name: str, folder: Path) -> Model:
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        pipeline = str(index["_class_name"])
+        pipeline = index["_class_name"]
     except FileNotFoundError:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise UnsupportedModel(f"{name} is no pipeline folder: no model_index.json, found {found}.") from None
     except (ValueError, KeyError, TypeError):
         raise UnsupportedModel(f"{name} is no pipeline folder: its model_index.json names no pipeline.") from None
+    if not isinstance(pipeline, str):
+        raise UnsupportedModel(f"{name} has a pipeline of its own, which is not run; only those of Diffusers are.")
     components = {
         part: (str(entry[0]), str(entry[1]))
         for part, entry in index.items()

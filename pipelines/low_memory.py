@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-DENOISERS = ("unet", "transformer", "transformer_2")
+from .names import DENOISERS
+
 FF_PARTS, FF_LEAST_TOKENS = 16, 1024
 FEED_FORWARDS = ("FeedForward", "Flux2FeedForward")
 

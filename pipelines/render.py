@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from . import image_input
 from .errors import BLACKED_OUT, BadInput, JobFailed
+from .image_input import image_to_image
 from .low_memory import has_tile_side, tiled, untileable
 from .routes import Stage, superres, windows
 from .run import Runner, generator
@@ -20,6 +21,7 @@ from .run import Runner, generator
 # From this side a stage's autoencoder works in tiles by itself, and where they can be set in tiles of this side: few,
 # so few seams.
 TILING_SIDE, TILE_SIDE = 4096, 2048
+LADDER = "--route ladder"
 
 
 class Painter(Runner):
@@ -31,7 +33,7 @@ class Painter(Runner):
         """The picture of each job in `stage`, and what later stages must know beside them.
 
         Args:
-            before: the picture of the stage before, or that a single job begins with.
+            before: the picture of the stage before.
             carried: what that stage gave; JSON can hold it.
 
         Raises:
@@ -44,25 +46,30 @@ class Painter(Runner):
             self._methods.enter(stage)
         with self._failures(stage), self._tiles(stage):
             if before is None:
-                pixels = self._text_to_image(stage)
+                pixels = self._first(stage)
                 if self.job.route == "superres-ladder" and self._latents is not None:
                     mean, std = superres.moments_of(self._latents)
                     carried = {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
             elif stage.scale > 1:
                 pixels = self._two_branch(stage, _resized(before, stage), carried)
             else:
-                pixels = self._image_to_image(stage, _resized(before, stage))
+                pipe = image_to_image(self._pipe, LADDER)
+                pixels = self._image_to_image(pipe, stage, _resized(before, stage))
         self.seconds += time.perf_counter() - start
         self._progress.reach(stage, stage.steps)
         return [self._checked(one) for one in pixels], carried
 
-    def _text_to_image(self, stage: Stage) -> torch.Tensor:
-        return self._pictures(self._pipe, stage)
+    def _first(self, stage: Stage) -> torch.Tensor:
+        """Of the prompt, or of the picture that the job begins with."""
+        if self.job.image is None:
+            return self._pictures(self._pipe, stage)
+        pipe = image_input.taker(self.job, self._pipe)
+        return self._image_to_image(pipe, stage, self._begin_with(pipe, stage))
 
-    def _image_to_image(self, stage: Stage, image: Image.Image) -> torch.Tensor:
-        pipe = image_to_image(self._pipe)
-        pipe.set_progress_bar_config(disable=True)
-        self._prepare(pipe)
+    def _image_to_image(self, pipe: Any, stage: Stage, image: Image.Image) -> torch.Tensor:
+        if pipe is not self._pipe:
+            pipe.set_progress_bar_config(disable=True)
+            self._prepare(pipe)
         return self._pictures(pipe, stage, image=image, strength=stage.strength)
 
     def _two_branch(self, stage: Stage, image: Image.Image, carried: dict[str, Any]) -> torch.Tensor:
@@ -97,7 +104,10 @@ class Painter(Runner):
         output = self._call(pipe, stage, **more)
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             raise JobFailed(BLACKED_OUT)
-        pixels: torch.Tensor = output.images
+        pixels = self._made(output, "images")
+        height, width = pixels.shape[-2:]
+        if (width, height) != (stage.width, stage.height):
+            self._say(f"{type(pipe).__name__} makes {width}x{height} of {stage.width}x{stage.height}.")
         return pixels
 
     @contextmanager
@@ -125,24 +135,6 @@ class Painter(Runner):
         return Image.fromarray(array)
 
 
-def image_to_image(pipe: Any) -> Any:
-    """The image-to-image pipeline that shares every component with `pipe`.
-
-    Raises:
-        BadInput: Diffusers has none for it, or one that knows no strength.
-    """
-    from diffusers import AutoPipelineForImage2Image
-
-    name = type(pipe).__name__
-    try:
-        made = AutoPipelineForImage2Image.from_pipe(pipe)
-    except ValueError as error:
-        raise BadInput(f"--route ladder: {name} has no image-to-image form in Diffusers.") from error
-    if "strength" not in inspect.signature(made.__call__).parameters:
-        raise BadInput(f"--route ladder: {name}'s image-to-image form, {type(made).__name__}, takes no strength.")
-    return made
-
-
 def check_route(pipe: Any, route: str) -> None:
     """Says before any step that `pipe` cannot go a route.
 
@@ -152,7 +144,7 @@ def check_route(pipe: Any, route: str) -> None:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     if route == "ladder":
-        image_to_image(pipe)
+        image_to_image(pipe, LADDER)
     elif route == "windows":
         windows.check(pipe)
     elif route != "direct" and not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):

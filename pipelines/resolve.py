@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import clip, guidance, model_options, presets
+from . import clip, guidance, image_input, presets, scheduler
 from .errors import BadInput
 from .job import MAX_SIDE, Job
 from .routes import CLIP_ROUTES, Stage, plan
-from .routes.plan import StepsRun, every, rounded_down, rounded_up
+from .routes.plan import StepsRun, every, one_step, rounded_down, rounded_up
 
 if TYPE_CHECKING:
     from ..accel.methods.base import Config
 
 # The pixels a side that only the code of these pipelines says.
 NATIVE_SIDES = {"ZImagePipeline": 1024}
+# What pipelines cannot do without, though they have a default for it, and nothing here can give.
+OTHER_INPUTS = {"mask_image": "mask", "mask_video": "mask", "control_video": "video"}
 
 
 def check_numbers(job: Job) -> None:
@@ -42,6 +44,11 @@ def check_numbers(job: Job) -> None:
             raise BadInput(f"{name} {value} is out of range: 1 to {clip.MAX_FRAMES}.")
     if job.fps is not None:
         clip.check_fps(job.fps)
+    if job.strength is not None:
+        if job.image is None:
+            raise BadInput(f"--strength {job.strength:g}: there is no --image to change.")
+        if not 0 < job.strength <= 1:
+            raise BadInput(f"strength {job.strength:g} is out of range: above 0, at most 1.")
     if not 0 <= job.seed < 2**63:
         raise BadInput(f"seed {job.seed} is out of range: 0 to 2^63 - 1.")
 
@@ -57,30 +64,33 @@ def complete(
     Raises:
         BadInput: `pipe` cannot do it.
     """
-    accepted = inspect.signature(pipe.__call__).parameters
-    name = type(pipe).__name__
     makes_clips = clip.frames_argument(pipe) is not None
     _check_kind(job, pipe, makes_clips)
+    called = image_input.taker(job, pipe)
+    accepted, name = inspect.signature(called.__call__).parameters, type(called).__name__
     if job.negative is not None and "negative_prompt" not in accepted:
         raise BadInput(f"{job.model} is a {name}, which takes no negative prompt.")
     side = preset.native_side or (None if makes_clips else native_side(pipe))
-    native = (side, side) if side else clip.native_size(pipe) if makes_clips else None
-    if native is None and None in (job.width, job.height):
-        raise BadInput(f"{job.model} does not say its native size: give --width and --height.")
-    width, height = (given or usual for given, usual in zip((job.width, job.height), native or (0, 0), strict=True))
+    native = (side, side) if side else clip.native_size(pipe)
     token = clip.size_multiple(pipe) if makes_clips else size_multiple(pipe)
-    if makes_clips:
-        job = _complete_clip(job, pipe, preset)
     needed = {"this model": token}
     for config in configs:
         if config.grid_multiple > 1:
             needed[f"{config.name} with {config.grid_setting} {config.grid_multiple}"] = token * config.grid_multiple
+    if job.image is not None:
+        width, height = image_input.size(job, called, native if makes_clips else None, math.lcm(*needed.values()))
+    elif native is None and None in (job.width, job.height):
+        raise BadInput(f"{job.model} does not say its native size: give --width and --height.")
+    else:
+        width, height = (given or usual for given, usual in zip((job.width, job.height), native or (0, 0), strict=True))
+    if makes_clips:
+        job = _complete_clip(job, pipe, preset)
     for who, multiple in needed.items():
         check_side("width", width, multiple, who)
         check_side("height", height, multiple, who)
     if job.frames is not None:
         clip.check_positions(job.window or job.frames, width, height, pipe)
-    job = guidance.complete(job, pipe, preset.guidance)
+    job = guidance.complete(job, called, preset.guidance)
     steps = job.steps or preset.steps or accepted["num_inference_steps"].default
     length = job.max_sequence_length or preset.max_sequence_length
     stages = plan(
@@ -93,6 +103,9 @@ def complete(
         preset=preset.routes,
         steps_run=steps_run(pipe),
     )
+    strength = _strength(job, called, steps)
+    if strength is not None:
+        stages = (dataclasses.replace(stages[0], steps=steps_run(pipe)(steps, strength), strength=strength),)
     complete_job = dataclasses.replace(
         job,
         width=width,
@@ -100,8 +113,9 @@ def complete(
         steps=steps,
         dtype=str(dtype).removeprefix("torch."),
         max_sequence_length=length if "max_sequence_length" in accepted else None,
-        strengths=tuple(stage.strength for stage in stages if stage.strength is not None) or None,
-        scheduler=job.scheduler and model_options.scheduler_named(pipe, job.scheduler),
+        strength=strength,
+        strengths=tuple(stage.strength for stage in stages[1:] if stage.strength is not None) or None,
+        scheduler=job.scheduler and scheduler.scheduler_named(pipe, job.scheduler),
     )
     return complete_job, stages
 
@@ -113,9 +127,19 @@ def _check_kind(job: Job, pipe: Any, makes_clips: bool) -> None:
     """
     accepted = inspect.signature(pipe.__call__).parameters
     what, is_a = "clip" if makes_clips else "picture", f"{job.model} is a {type(pipe).__name__}, which"
-    needs = [name for name, parameter in accepted.items() if makes_clips and parameter.default is parameter.empty]
-    if "prompt" not in accepted or set(needs) - {"prompt"}:
-        raise BadInput(f"{is_a} does not make a {what} from a prompt.")
+    named = [parameter for parameter in accepted.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    needs = {parameter.name for parameter in named if parameter.default is parameter.empty} - {"prompt", "image"}
+    if "prompt" not in accepted or needs or "num_inference_steps" not in accepted:
+        more = f" alone: it needs {', '.join(sorted(needs))}, too" if needs and "prompt" in accepted else ""
+        raise BadInput(f"{is_a} does not make a {what} from a prompt{more}.")
+    # Some make clips of a length that they count in a way of their own.
+    if not makes_clips and (not {"height", "image"} & set(accepted) or "video_length" in accepted):
+        raise BadInput(f"{is_a} makes neither pictures nor clips.")
+    other = next((what for name, what in OTHER_INPUTS.items() if name in accepted), None)
+    if other or "VideoToVideo" in type(pipe).__name__:
+        raise BadInput(f"{is_a} is made for a {other or 'video'} to begin with, and here it can have none.")
+    if not hasattr(pipe, "vae"):
+        raise BadInput(f"{is_a} has no autoencoder of the kind that is known here: no vae among its parts.")
     if makes_clips and job.route not in CLIP_ROUTES:
         raise BadInput(f"--route {job.route} is for pictures; {is_a} makes clips: {' or '.join(CLIP_ROUTES)}.")
     if not makes_clips:
@@ -125,6 +149,21 @@ def _check_kind(job: Job, pipe: Any, makes_clips: bool) -> None:
         given += ["--route windows"] if job.route == "windows" else []
         if given:
             raise BadInput(f"{given[0]}: {is_a} makes pictures, not clips.")
+
+
+def _strength(job: Job, pipe: Any, steps: int) -> float | None:
+    """How much of the schedule `pipe` runs on the job's picture; None where it runs all, or there is none."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    if job.image is None or "strength" not in accepted:
+        if job.strength is not None:
+            raise BadInput(f"--strength {job.strength:g}: {type(pipe).__name__} takes none.")
+        return None
+    strength = float(job.strength or accepted["strength"].default)
+    if not steps_run(pipe)(steps, strength):
+        raise BadInput(
+            f"--strength {strength:g} of {steps} steps is less than one step; {one_step(steps):g} is enough."
+        )
+    return strength
 
 
 def _complete_clip(job: Job, pipe: Any, preset: presets.Preset) -> Job:
@@ -160,13 +199,15 @@ def steps_run(pipe: Any) -> StepsRun:
 
 def size_multiple(pipe: Any) -> int:
     """Pixels of which the width and height of a picture must be multiples."""
-    scale = int(pipe.vae_scale_factor)
+    scale = clip.spatial_factor(pipe)
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     patch = getattr(denoiser.config, "patch_size", 1)
     # U-Net pipelines ask for multiples of 8 whatever their VAE; some DiT pipelines pack 2x2 latents, and only their
     # image processor knows it.
-    packed = int(pipe.image_processor.config.vae_scale_factor)
-    return math.lcm(8 if getattr(pipe, "unet", None) else 1, packed, scale * (patch if isinstance(patch, int) else 1))
+    processor = getattr(pipe, "image_processor", None)
+    packed = int(processor.config.vae_scale_factor) if processor is not None else 1
+    patches = patch[1:] if isinstance(patch, list | tuple) else (patch if isinstance(patch, int) else 1,)
+    return math.lcm(8 if getattr(pipe, "unet", None) else 1, packed, scale * math.lcm(*patches))
 
 
 def check_side(name: str, value: int, multiple: int, who: str = "this model") -> None:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from . import guidance
+from . import guidance, image_input
 from .errors import BadInput, JobFailed
 from .job import Job
 from .routes import Stage
 
 if TYPE_CHECKING:
     from .stage_methods import StageMethods
+
+# How pipelines say, mostly by accident, that they cannot use what they are given.
+UNFIT = (ValueError, TypeError, AttributeError, AssertionError, LookupError, OverflowError)
+READABLE = 400
+OURS = __name__.partition(".")[0]
+# Of a picture's aspect ratio; rounding to a model's multiples stays below.
+STRETCHED = 0.1
 
 
 class Watch(Protocol):
@@ -111,6 +121,10 @@ class Runner:
             "prompt": self._each([job.prompt for job in self._jobs]),
             "width": stage.width,
             "height": stage.height,
+            # The size is to be the one that is run: FLUX.1 Kontext would make a megapixel of any, PixArt, Sana and
+            # HunyuanDiT one of a list of theirs, and enlarge that.
+            "max_area": stage.width * stage.height,
+            "use_resolution_binning": False,
             "num_inference_steps": job.steps,
             "max_sequence_length": job.max_sequence_length,
             **guided[0],
@@ -121,7 +135,29 @@ class Runner:
         }
         accepted = inspect.signature(pipe.__call__).parameters
         given = {name: value for name, value in wanted.items() if name in accepted and value is not None}
-        return pipe(**given, output_type="pt")
+        with ExitStack() as stack:
+            if "callback_on_step_end" not in accepted:
+                stack.enter_context(
+                    _watched(pipe.scheduler, lambda step, latents: self._after_step(stage, step, latents))
+                )
+            return pipe(**given, output_type="pt")
+
+    def _made(self, output: Any, name: str) -> torch.Tensor:
+        """The pixels in what a pipeline gives."""
+        pixels = getattr(output, name, None)
+        if not isinstance(pixels, torch.Tensor):
+            what = f"{name} as {type(pixels).__name__}" if pixels is not None else f"no {name}"
+            raise JobFailed(f"{type(self._pipe).__name__} gives {what}; of that nothing can be written.")
+        return pixels
+
+    def _begin_with(self, pipe: Any, stage: Stage) -> Image.Image:
+        """The job's picture, as `pipe` takes it."""
+        assert self.job.image is not None
+        image = image_input.read(self.job.image)
+        given = image_input.argument(image, pipe, stage.width, stage.height)
+        if given.size != image.size and abs(image.width * given.height / (image.height * given.width) - 1) > STRETCHED:
+            self._say(f"{self.job.image} is {image.width}x{image.height}, stretched to {given.width}x{given.height}.")
+        return given
 
     def _each(self, values: list[Any]) -> Any:
         """One argument of a call: a list only where there are several jobs, and something to say of them."""
@@ -144,9 +180,15 @@ class Runner:
             yield
         except (BadInput, JobFailed):
             raise
-        except (ValueError, TypeError) as error:
-            if self._steps_run == 0:
-                raise BadInput(f"{type(self._pipe).__name__} stopped before its first step: {error}") from error
+        except NameError as error:
+            if self._steps_run or type(error) is not NameError or _is_ours(error):
+                raise
+            # What they import only where it is installed, such as ftfy.
+            raise BadInput(f"{type(self._pipe).__name__} needs {error.name}: pip install {error.name}") from error
+        except UNFIT as error:
+            if self._steps_run == 0 and (isinstance(error, ValueError | TypeError) or not _is_ours(error)):
+                said = " ".join(str(error).split())[:READABLE] or type(error).__name__
+                raise BadInput(f"{type(self._pipe).__name__} stopped before its first step: {said}") from error
             raise
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -156,10 +198,39 @@ class Runner:
                     f"steps. Try a smaller size{', fewer frames' if frames else ''}, --low-memory, --vae-tiling or "
                     "--cpu-offload model."
                 ) from error
+            if self.job.compile and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                said = " ".join(str(error).split())[:READABLE]
+                raise JobFailed(f"--compile failed; without it the job may run: {said}") from error
             raise
 
     def _try(self) -> str:
         return " Try --dtype float32." if self.job.dtype != "float32" else ""
+
+
+@contextmanager
+def _watched(scheduler: Any, tell: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Tells of each step in the block, by its number and latents, for pipelines that have no callback."""
+    step, count = scheduler.step, itertools.count(1)
+
+    @functools.wraps(step)  # pipelines look at its arguments
+    def watched(*arguments: Any, **named: Any) -> Any:
+        output = step(*arguments, **named)
+        tell(next(count), output[0])
+        return output
+
+    vars(scheduler)["step"] = watched
+    try:
+        yield
+    finally:
+        del vars(scheduler)["step"]
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised in this package: then it is a defect, and its traceback is to be seen."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and str(place.tb_frame.f_globals.get("__name__")).startswith(f"{OURS}.")
 
 
 def generator(seed: int) -> torch.Generator:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import secrets
 import re
+import secrets
 import struct
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from .errors import BadInput
 from .job import MAX_SIDE
 
 KEY = "attnswap"
-_PART = re.compile(r"\.(.+)\.\d+\.part")
+_PART = re.compile(r"\.(.+?)(\.\d+(-[0-9a-f]+)?)?\.part")
 # What is raised for a file that is damaged, or written to do harm.
 UNREADABLE = (
     OSError,

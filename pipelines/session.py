@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from . import load, model_options, presets, run, save, video_writer
+from . import compilation, load, lora, presets, run, save, scheduler, video_writer
 from .errors import BadInput, NotWritten
 from .film import Film
 from .job import Companions, Job
@@ -68,9 +68,9 @@ class Session:
         if job.cpu_offload and self.device.type == "cpu":
             raise BadInput("--cpu-offload: this job runs on the CPU already.")
         if job.compile:
-            model_options.check_compiler(self.device)
-        for lora in job.loras:
-            model_options.lora_file(lora)  # before the model is read
+            compilation.check_compiler(self.device)
+        for adapter in job.loras:
+            lora.lora_file(adapter)  # before the model is read
         dtype = load.pick_dtype(job.dtype, self.device, self.model)
         self._job, self._placed = job, False
         self._methods: StageMethods | None = None
@@ -78,8 +78,8 @@ class Session:
         self._stack = ExitStack()
         self.pipe = load.load(self.model, dtype=dtype, variant=job.variant)
         if job.scheduler:
-            model_options.use_scheduler(self.pipe, job.scheduler)
-        self._unused = model_options.load_loras(self.pipe, job.loras, job.model)
+            scheduler.use_scheduler(self.pipe, job.scheduler)
+        self._unused = lora.load_loras(self.pipe, job.loras, job.model)
 
     def __enter__(self) -> Session:
         return self
@@ -189,7 +189,7 @@ class Session:
         _spare_memory(self.pipe, self._job, self._stack, notice)
         place(self.pipe, self.device, self._job)
         if self._job.compile:
-            notice(f"compiled, {model_options.compile_denoisers(self.pipe)}: the first steps are slow.")
+            notice(f"compiled, {compilation.compile_denoisers(self.pipe)}: the first steps are slow.")
         self.pipe.set_progress_bar_config(disable=True)
         self._placed = True
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import auto_method, clip, load, model_options, presets, provenance, render, resolve, save, settings, video_writer
+from . import auto_method, clip, load, presets, provenance, render, resolve, save, settings, video_writer
 from .errors import BadInput
 from .job import Job
 from .routes import Stage
@@ -82,8 +82,6 @@ def plan(job: Job, model: load.Model, pipe: Any, preset: presets.Preset, device:
         UnsupportedModel: nor can the method.
     """
     check(job)
-    if job.scheduler is not None:
-        job = dataclasses.replace(job, scheduler=model_options.scheduler_named(pipe, job.scheduler))
     asked = job.to_record() if job.asked is None else job.asked
     dtype = load.pick_dtype(job.dtype, device, model)
     remarks: tuple[str, ...] = ()

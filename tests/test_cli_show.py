@@ -13,7 +13,7 @@ import pytest
 from attnswap.accel.methods import AdaSpa, HiDiffusion
 from attnswap.pipelines import save, video_writer
 from attnswap.pipelines.job import Companions, Job
-from attnswap.pipelines.model_options import Lora
+from attnswap.pipelines.lora import Lora
 from PIL import Image
 
 from .test_cli import Cli, attnswap, refused

@@ -16,10 +16,10 @@ from PIL import Image
 
 from .. import clip, resolve, settings
 from ..errors import BadInput, near
+from ..image_input import PICTURES
 from ..job import Job
 from .records import FIELDS
 
-PICTURES = ("PNG", "JPEG", "WEBP")
 DENSE = ("none", "dense")
 # 2^63 has 19 digits; spreadsheets and data frames write 12.0 for 12.
 WHOLE = re.compile(r"[-+]?\d{1,20}(\.0+)?")

@@ -157,10 +157,10 @@ def _usual(
         return [schedule[min(doublings, len(schedule)) - 1]]
     usual = [schedule[min(stage, len(schedule) - 1)] for stage in range(count)]
     # A run of few steps must still have one.
-    return [strength if steps_run(steps, strength) else _one_step(steps) for strength in usual]
+    return [strength if steps_run(steps, strength) else one_step(steps) for strength in usual]
 
 
-def _one_step(steps: int) -> float:
+def one_step(steps: int) -> float:
     """A strength, in thousandths, at which every pipeline runs a step."""
     return math.ceil(1000 / steps) / 1000
 
@@ -177,7 +177,7 @@ def _check(
             raise BadInput(f"{where}: {strength:g} is out of range: above 0, at most 1.")
         if steps_run and not steps_run(steps, strength):
             raise BadInput(
-                f"{where}: {strength:g} of {steps} steps is less than one step; {_one_step(steps):g} is enough."
+                f"{where}: {strength:g} of {steps} steps is less than one step; {one_step(steps):g} is enough."
             )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from attnswap.pipelines import fingerprints, load
-from attnswap.pipelines.model_options import Lora
+from attnswap.pipelines.lora import Lora
 
 Copy = Callable[[Path], Path]
 

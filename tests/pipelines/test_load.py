@@ -93,6 +93,12 @@ class TestFind:
         with pytest.raises(UnsupportedModel, match="names no pipeline"):
             load.find(str(tmp_path))
 
+    def test_a_pipeline_that_brings_its_own_code_is_not_run(self, tmp_path: Path) -> None:
+        index = {"_class_name": ["pipeline", "Mine"], "unet": ["diffusers", "UNet2DConditionModel"]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(UnsupportedModel, match="a pipeline of its own, which is not run"):
+            load.find(str(tmp_path))
+
     def test_a_single_file_checkpoint_is_told_how_to_become_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "sd.safetensors").touch()
         with pytest.raises(BadInput, match="save_pretrained"):
@@ -103,6 +109,14 @@ class TestLoad:
     def test_broken_weights_are_one_line(self, tiny_sd: Path, copy_of: Copy) -> None:
         folder = copy_of(tiny_sd)
         (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        with pytest.raises(JobFailed, match="could not be loaded") as failure:
+            load.load(load.find(str(folder)), dtype=torch.float32)
+        assert "\n" not in str(failure.value)
+
+    @pytest.mark.parametrize("file", ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"])
+    def test_weights_that_are_none_are_one_line(self, tiny_sd: Path, copy_of: Copy, file: str) -> None:
+        folder = copy_of(tiny_sd)
+        (folder / file).write_bytes(b"not weights")
         with pytest.raises(JobFailed, match="could not be loaded") as failure:
             load.load(load.find(str(folder)), dtype=torch.float32)
         assert "\n" not in str(failure.value)

@@ -15,7 +15,7 @@ from attnswap import __version__
 from attnswap.pipelines import load, provenance, save, settings, video_writer
 from attnswap.pipelines.errors import BadInput
 from attnswap.pipelines.job import Job
-from attnswap.pipelines.model_options import Lora
+from attnswap.pipelines.lora import Lora
 from PIL import Image
 
 UNKNOWN = "the model's files are not known to be the same, as the file does not say which they were"

@@ -18,9 +18,9 @@ import torch
 from attnswap.pipelines import load, low_memory, presets, render, resolve, run, save
 from attnswap.pipelines.errors import BadInput, JobFailed
 from attnswap.pipelines.generate import Result, generate
-from attnswap.pipelines.session import place, place_again
 from attnswap.pipelines.job import Job, from_record
 from attnswap.pipelines.routes import Stage
+from attnswap.pipelines.session import place, place_again
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 

@@ -1,30 +1,23 @@
-"""Adapters, schedulers and compilation: what is put into a model, and what is refused in one line."""
+"""Adapters: what is put into a model, and what is refused in one line."""
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from attnswap.pipelines import load, model_options
+from attnswap.pipelines import load, save
 from attnswap.pipelines.errors import BadInput
-from attnswap.pipelines.model_options import (
-    Lora,
-    compile_denoisers,
-    load_loras,
-    parse_lora,
-    schedulers_for,
-    use_scheduler,
-)
+from attnswap.pipelines.generate import generate
+from attnswap.pipelines.job import Job, from_record
+from attnswap.pipelines.lora import Lora, load_loras, lora_file, parse_lora
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..accel import tiny_dit
+from .pictures import picture
 
 LoraOf = Callable[..., Path]
 
@@ -47,12 +40,6 @@ def lora_of(tmp_path: Path) -> LoraOf:
         return file
 
     return write
-
-
-def picture(pipe: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    made: torch.Tensor = pipe("a fox", num_inference_steps=2, generator=generator, output_type="pt").images
-    return made
 
 
 def put_in(pipe: Any, *files: Path, scales: tuple[float, ...] = ()) -> tuple[str, ...]:
@@ -99,10 +86,10 @@ class TestLoraFile:
 
     def test_of_a_folder_is_its_only_one_or_that_named_as_usual(self, folder: Path) -> None:
         (folder / "fox.safetensors").touch()
-        assert model_options.lora_file(Lora(str(folder))) == folder / "fox.safetensors"
+        assert lora_file(Lora(str(folder))) == folder / "fox.safetensors"
         (folder / "pytorch_lora_weights.safetensors").touch()
-        assert model_options.lora_file(Lora(str(folder))).name == "pytorch_lora_weights.safetensors"
-        assert model_options.lora_file(Lora(str(folder), 1.0, "fox.safetensors")).name == "fox.safetensors"
+        assert lora_file(Lora(str(folder))).name == "pytorch_lora_weights.safetensors"
+        assert lora_file(Lora(str(folder), 1.0, "fox.safetensors")).name == "fox.safetensors"
 
     def test_among_several_must_be_named(self, folder: Path) -> None:
         (folder / "cat.safetensors").touch()
@@ -110,24 +97,24 @@ class TestLoraFile:
         with pytest.raises(
             BadInput, match=r"has 2 files, cat\.safetensors, hedgehog\.safetensors: name one, as in '\{\"lora"
         ):
-            model_options.lora_file(Lora(str(folder)))
+            lora_file(Lora(str(folder)))
         with pytest.raises(BadInput, match=r"has no hedghog\.safetensors\. Did you mean .*hedgehog"):
-            model_options.lora_file(Lora(str(folder), 1.0, "hedghog.safetensors"))
+            lora_file(Lora(str(folder), 1.0, "hedghog.safetensors"))
 
     @pytest.mark.parametrize("name", ["fox.bin", "fox.pt", "FOX.CKPT"])
     def test_is_never_a_pickle(self, folder: Path, name: str) -> None:
         (folder / name).touch()
         for lora in (Lora(str(folder / name)), Lora(str(folder)), Lora(str(folder), 1.0, name)):
             with pytest.raises(BadInput, match=f"pickle.*{name}|{name} is a pickle"):
-                model_options.lora_file(lora)
+                lora_file(lora)
 
     def test_that_is_not_there(self, folder: Path) -> None:
         (folder / "fox.safetensors").touch()
         with pytest.raises(BadInput, match=r"neither a file nor a folder here\. Did you mean fox\.safetensors\?"):
-            model_options.lora_file(Lora(str(folder / "fix.safetensors")))
+            lora_file(Lora(str(folder / "fix.safetensors")))
         (folder / "fox.safetensors").unlink()
         with pytest.raises(BadInput, match=r"LoRA .* has no \.safetensors"):
-            model_options.lora_file(Lora(str(folder)))
+            lora_file(Lora(str(folder)))
 
     def test_of_the_hub_is_taken_from_its_cache_and_nobody_is_asked(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,15 +123,15 @@ class TestLoraFile:
 
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(BadInput, match=r"no LoRA nobody/fox: neither a file .* HF_HUB_OFFLINE is set"):
-            model_options.lora_file(Lora("nobody/fox"))
+            lora_file(Lora("nobody/fox"))
         repository = tmp_path / "models--nobody--fox"
         (repository / "refs").mkdir(parents=True)
         (repository / "refs" / "main").write_text("f" * 40)
         (repository / "snapshots" / ("f" * 40)).mkdir(parents=True)
         (repository / "snapshots" / ("f" * 40) / "fox.safetensors").touch()
-        assert model_options.lora_file(Lora("nobody/fox")).is_file()
+        assert lora_file(Lora("nobody/fox")).is_file()
         with pytest.raises(BadInput, match=r"no LoRA nobody/fox/cat.safetensors"):
-            model_options.lora_file(Lora("nobody/fox", 1.0, "cat.safetensors"))
+            lora_file(Lora("nobody/fox", 1.0, "cat.safetensors"))
 
 
 class TestLoras:
@@ -236,139 +223,23 @@ class TestLoras:
         assert said == ("LoRA fox.safetensors changes transformer, not transformer_2.",)
 
 
-class TestScheduler:
-    @pytest.mark.parametrize(
-        ("name", "full"),
-        [
-            ("euler", "EulerDiscreteScheduler"),
-            ("EulerAncestral", "EulerAncestralDiscreteScheduler"),
-            ("DPMSolverMultistep", "DPMSolverMultistepScheduler"),
-            ("dpmsolver", "DPMSolverMultistepScheduler"),
-            ("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
-            ("LCM", "LCMScheduler"),
-        ],
-    )
-    def test_is_set_up_like_the_present_one(self, sd: Any, name: str, full: str) -> None:
-        before = sd.scheduler.config
-        use_scheduler(sd, name)
-        assert type(sd.scheduler).__name__ == full
-        for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type", "steps_offset"):
-            assert sd.scheduler.config[key] == before[key]
-        assert torch.isfinite(picture(sd)).all()
+class TestJob:
+    def test_has_them_and_its_record_names_them(self, tiny_sd: Path, sd: Any, lora_of: LoraOf, tmp_path: Path) -> None:
+        lora = Lora(str(lora_of(sd.text_encoder, part="text_encoder", layers="q_proj")), 0.5)
+        how = {"model": str(tiny_sd), "steps": 2, "output": tmp_path / "fox.png"}
+        plain = generate(Job("a fox", **how))
+        made = generate(Job("a fox", loras=(lora,), scheduler="unipc", **how))
+        assert made.image != plain.image
+        assert made.notices == ("LoRA fox.safetensors changes text_encoder, not unet.",)
+        record = save.read_record(tmp_path / "fox.png")
+        assert record["loras"] == [{"id": lora.id, "scale": 0.5, "weight_name": None}]
+        assert record["scheduler"] == "UniPCMultistepScheduler"
+        assert generate(Job(**from_record(record), output=tmp_path / "again.png")).image == made.image
 
-    def test_that_is_there_already_stays(self, sd: Any) -> None:
-        before = sd.scheduler
-        use_scheduler(sd, "ddim")
-        assert sd.scheduler is before
+    def test_is_refused_before_the_model_is_read(self, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def read(*_: object, **__: object) -> None:
+            pytest.fail("the model was read")
 
-    @pytest.mark.parametrize("name", ["FlowMatchEuler", "EDMEuler", "CogVideoXDPM"])
-    def test_that_does_not_suit_is_refused_with_those_that_do(self, sd: Any, name: str) -> None:
-        says = (
-            f"--scheduler {name} does not suit a StableDiffusionPipeline with DDIMScheduler. There are: .*EulerDiscrete"
-        )
-        with pytest.raises(BadInput, match=says):
-            use_scheduler(sd, name)
-
-    def test_that_nobody_knows_is_refused(self, sd: Any) -> None:
-        with pytest.raises(BadInput, match=r"--scheduler fast is none that Diffusers has. There are: DDIM"):
-            use_scheduler(sd, "fast")
-
-    def test_that_lacks_a_library_is_refused_in_one_line(self, sd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        import diffusers
-
-        def missing(*_: object, **__: object) -> None:
-            raise ImportError("\nLMSDiscreteScheduler requires the scipy library.\nInstall it.")
-
-        monkeypatch.setattr(diffusers.LMSDiscreteScheduler, "from_config", missing)
-        with pytest.raises(BadInput, match=r"--scheduler lms: LMSDiscreteScheduler requires the scipy library.$"):
-            use_scheduler(sd, "lms")
-
-    def test_of_straight_paths_are_theirs_alone(self) -> None:
-        """FLUX asks for sigmas of its own, which DPM-Solver does not take; Z-Image as a list, nor does UniPC."""
-        flux, wan = tiny_dit.IMAGES["flux"]()[0], tiny_dit.PIPELINES["wan"]()[0]
-        assert [name[:5] for name in schedulers_for(flux)] == ["FlowM", "UniPC"]
-        assert [name[:5] for name in schedulers_for(wan)] == ["FlowM", "UniPC", "DPMSo"]
-        z_image = tiny_dit.IMAGES["z_image"]()[0]
-        assert schedulers_for(z_image) == ("FlowMatchEulerDiscreteScheduler",)
-
-    @pytest.mark.parametrize("family", ["flux", "flux2", "sd3", "qwen_image", "wan", "hunyuan_video", "ltx"])
-    def test_that_suits_ends_where_the_models_own_does(self, family: str) -> None:
-        pipe, arguments = (tiny_dit.IMAGES | tiny_dit.PIPELINES)[family]()
-        how = {**arguments, "num_inference_steps": 20, "output_type": "latent"}
-        made = []
-        for name in ("euler", *schedulers_for(pipe)[1:]):
-            use_scheduler(pipe, name)
-            [latents] = pipe(**how, generator=torch.Generator().manual_seed(0)).values()
-            made.append(latents)
-        for other in made[1:]:
-            assert 0 < (other - made[0]).norm() < 0.05 * made[0].norm()
-
-    def test_keeps_the_shift_both_ways(self) -> None:
-        pipe = tiny_dit.PIPELINES["wan"]()[0]
-        pipe.scheduler.register_to_config(shift=5.0)
-        use_scheduler(pipe, "unipc")
-        assert (pipe.scheduler.config.flow_shift, pipe.scheduler.config.use_flow_sigmas) == (5.0, True)
-        use_scheduler(pipe, "euler")
-        assert pipe.scheduler.config.shift == 5.0
-
-    def test_of_cogvideox_and_of_distilled_models_are_their_own(self) -> None:
-        import diffusers
-
-        def suited(name: str) -> tuple[str, ...]:
-            return schedulers_for(SimpleNamespace(scheduler=getattr(diffusers, name)()))
-
-        assert suited("CogVideoXDDIMScheduler") == model_options.COGVIDEOX
-        assert suited("LCMScheduler") == ("LCMScheduler",)
-
-
-class TestCompilation:
-    @pytest.fixture
-    def compiled(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-        """The class of every module that is compiled, by a compiler that only counts."""
-        torch._dynamo.reset()
-        seen: list[str] = []
-        compile_module = nn.Module.compile
-
-        def watched(module: nn.Module, *arguments: Any, **named: Any) -> None:
-            seen.append(type(module).__name__)
-            compile_module(module, *arguments, **{**named, "backend": "eager"})
-
-        monkeypatch.setattr(nn.Module, "compile", watched)
-        yield seen
-        torch._dynamo.reset()
-
-    def test_is_of_the_repeated_blocks(self, sd: Any, compiled: list[str]) -> None:
-        stock = picture(sd)
-        assert compile_denoisers(sd) == "unet by its BasicTransformerBlock"
-        assert set(compiled) == {"BasicTransformerBlock"}
-        torch.testing.assert_close(picture(sd), stock, atol=1e-4, rtol=1e-3)
-
-    def test_is_of_every_denoiser(self, tiny_wan: Path, compiled: list[str]) -> None:
-        pipe = load.load(load.find(str(tiny_wan)), dtype=torch.float32)
-        assert (
-            compile_denoisers(pipe)
-            == "transformer by its WanTransformerBlock, transformer_2 by its WanTransformerBlock"
-        )
-        assert len(compiled) == 2
-
-    def test_is_of_the_whole_where_no_blocks_are_named(self, compiled: list[str]) -> None:
-        assert compile_denoisers(tiny_dit.IMAGES["sd3"]()[0]) == "transformer as a whole"
-        assert compiled == ["SD3Transformer2DModel"]
-
-    def test_needs_a_compiler(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        builder = importlib.import_module("torch._inductor.cpp_builder")
-        cpu = torch.device("cpu")
-        with monkeypatch.context() as patch:
-            patch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "no-such-compiler"),))
-            getattr(builder.cpp_compiler_search, "cache_clear", lambda: None)()
-            with pytest.raises(BadInput, match=r"--compile needs a C\+\+ compiler such as g\+\+"):
-                model_options.check_compiler(cpu)
-        monkeypatch.setattr(builder, "get_cpp_compiler", lambda: "g++")
-        monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
-        with pytest.raises(BadInput, match=r"the headers of Python"):
-            model_options.check_compiler(cpu)
-        (tmp_path / "Python.h").touch()
-        model_options.check_compiler(cpu)
-        monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
-        with pytest.raises(BadInput, match="--compile needs triton on cuda"):
-            model_options.check_compiler(torch.device("cuda"))
+        monkeypatch.setattr(load, "load", read)
+        with pytest.raises(BadInput, match=r"no LoRA none\.safetensors"):
+            generate(Job("a fox", model=str(tiny_sd), loras=(Lora("none.safetensors"),)))

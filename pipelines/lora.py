@@ -1,45 +1,23 @@
-"""What is done to a model between its folder and its first job: adapters, another scheduler, compilation."""
+"""Adapters (LoRA): which file one is, and how it gets into a model."""
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import sysconfig
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
+from .diffusers_log import heard_from_diffusers
 from .errors import SHOWN, BadInput, JobFailed, near
-from .load import DENOISERS, HUB_ID, PICKLES
+from .names import DENOISERS, HUB_ID, PICKLES
 
-LORA_KEYS = ("lora_id", "lora_scale", "weight_name", "adapter_name")
+KEYS = ("lora_id", "lora_scale", "weight_name", "adapter_name")
 # What Diffusers says of every part of a pipeline that an adapter leaves alone.
 NOTHING_FOR = "No LoRA keys associated to"
 READABLE = 240
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what Diffusers calls it where nobody does
-COGVIDEOX = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
-# Fit for whatever `KarrasDiffusionSchedulers` are fit for, with an adapter that was distilled for them.
-DISTILLED = ("LCMScheduler", "TCDScheduler")
-FLOW = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
-# How many of these sample the straight paths of a pipeline as it asks them to; of others, the first is taken alone.
-FLOW_SOLVERS = {
-    "Flux2Pipeline": 2,
-    "FluxKontextPipeline": 2,
-    "FluxPipeline": 2,
-    "HunyuanVideoPipeline": 2,
-    "LTXPipeline": 2,
-    "QwenImagePipeline": 2,
-    "SanaPipeline": 3,
-    "StableDiffusion3Pipeline": 3,
-    "WanImageToVideoPipeline": 3,
-    "WanPipeline": 3,
-}
+USUAL_FILE = "pytorch_lora_weights.safetensors"  # what Diffusers calls it where nobody does
 
 
 @dataclass(frozen=True)
@@ -82,8 +60,8 @@ def parse_lora(text: str) -> Lora:
     except ValueError as error:
         raise BadInput(f"LoRA {text!r} is no JSON: {error}.") from None
     for key in given:
-        if key not in LORA_KEYS:
-            raise BadInput(f"LoRA {text!r}: no key {key}.{near(key, LORA_KEYS)}")
+        if key not in KEYS:
+            raise BadInput(f"LoRA {text!r}: no key {key}.{near(key, KEYS)}")
     if "lora_id" not in given:
         raise BadInput(f"LoRA {text!r}: lora_id is missing.")
     return Lora(given["lora_id"], given.get("lora_scale", 1.0), given.get("weight_name"))
@@ -138,106 +116,6 @@ def load_loras(pipe: Any, loras: Sequence[Lora], model: str) -> tuple[str, ...]:
     return tuple(remarks)
 
 
-def scheduler_named(pipe: Any, name: str) -> str:
-    """The class of Diffusers that a scheduler's name stands for, among those that suit `pipe`.
-
-    Args:
-        name: of the class, in any case; "Scheduler", "Discrete", "Multistep" and "FlowMatch" may be left out.
-
-    Raises:
-        BadInput: there is no such scheduler, or it does not suit the pipeline.
-    """
-    import diffusers
-
-    suited = schedulers_for(pipe)
-    wanted = name.lower().removesuffix("scheduler")
-    by_name = {key: full for full in reversed(suited) for key in _names_of(full)}
-    by_name |= {max(_names_of(full), key=len): full for full in suited}
-    if (chosen := by_name.get(wanted)) is not None:
-        return chosen
-    if any(wanted in _names_of(other) for other in dir(diffusers)):
-        problem = f"does not suit a {type(pipe).__name__} with {type(pipe.scheduler).__name__}"
-    else:
-        problem = "is none that Diffusers has"
-    raise BadInput(f"--scheduler {name} {problem}. There are: {', '.join(suited)}.")
-
-
-def use_scheduler(pipe: Any, name: str) -> None:
-    """Puts another scheduler in place, set up like the present one.
-
-    Args:
-        name: as `scheduler_named` takes it.
-
-    Raises:
-        BadInput: as it does, or a library that the scheduler needs is not installed.
-    """
-    import diffusers
-
-    chosen = scheduler_named(pipe, name)
-    if chosen == type(pipe.scheduler).__name__:
-        return
-    settings = _as_flow(pipe.scheduler, chosen)
-    try:
-        with _heard_from_diffusers():  # that the one does not know all settings of the other
-            pipe.scheduler = getattr(diffusers, chosen).from_config(pipe.scheduler.config, **settings)
-    except ImportError as error:
-        raise BadInput(f"--scheduler {name}: {str(error).strip().splitlines()[0]}") from error
-
-
-def schedulers_for(pipe: Any) -> tuple[str, ...]:
-    """Names of the classes that sample what the model of `pipe` was trained for, its own among them."""
-    present = type(pipe.scheduler).__name__
-    compatible = {other.__name__ for other in pipe.scheduler.compatibles}
-    if present in COGVIDEOX:
-        suited: Sequence[str] = COGVIDEOX
-    elif _is_flow(pipe.scheduler):
-        suited = FLOW[: FLOW_SOLVERS.get(type(pipe).__name__, 0)] if present in FLOW else ()
-    elif "DDIMScheduler" in compatible:
-        # It is for models of another parametrization altogether.
-        suited = sorted(compatible - {"EDMEulerScheduler"} | set(DISTILLED))
-    else:
-        suited = sorted(compatible)
-    return tuple(dict.fromkeys((*suited, present)))
-
-
-def check_compiler(device: torch.device) -> None:
-    """
-    Raises:
-        BadInput: what `torch.compile` needs on `device` is missing.
-    """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch.utils._triton import has_triton
-
-    try:
-        get_cpp_compiler()
-    except RuntimeError:
-        raise BadInput("--compile needs a C++ compiler such as g++, and there is none here.") from None
-    if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        raise BadInput("--compile needs the headers of Python (python3-dev), which are not here.")
-    if device.type == "cuda" and not has_triton():
-        raise BadInput(f"--compile needs triton on {device}, and it is not installed or does not know this device.")
-
-
-def compile_denoisers(pipe: Any) -> str:
-    """Compiles the repeated blocks of each denoiser where it says which they are, else the whole; gives which, as text.
-
-    Nothing is compiled before the first step.
-    """
-    said = []
-    for name in DENOISERS:
-        denoiser = getattr(pipe, name, None)
-        if not isinstance(denoiser, nn.Module):
-            continue
-        blocks = set(getattr(denoiser, "_repeated_blocks", None) or ())
-        found = sorted(blocks & {type(module).__name__ for module in denoiser.modules()})
-        if found:
-            denoiser.compile_repeated_blocks()  # type: ignore[operator]
-        else:
-            denoiser.compile()
-        said.append(f"{name} {'by its ' + ', '.join(found) if found else 'as a whole'}")
-    return ", ".join(said)
-
-
 def _chosen(names: Sequence[str], lora: Lora) -> str:
     """The one of the files of a folder or repository that `lora` is."""
     files = sorted(name for name in names if name.endswith(".safetensors"))
@@ -245,8 +123,8 @@ def _chosen(names: Sequence[str], lora: Lora) -> str:
         if lora.weight_name in names:
             return lora.weight_name
         raise BadInput(f"LoRA {lora.id} has no {lora.weight_name}.{near(lora.weight_name, files)}")
-    if LORA_FILE in files:
-        return LORA_FILE
+    if USUAL_FILE in files:
+        return USUAL_FILE
     if len(files) > 1:
         example = json.dumps({"lora_id": lora.id, "weight_name": files[0]})
         raise BadInput(
@@ -287,7 +165,7 @@ def _loaded(pipe: Any, name: str, file: Path, model: str) -> list[str]:
 
     parts = " or ".join(part for part in pipe._lora_loadable_modules if getattr(pipe, part, None) is not None)
     try:
-        with _heard_from_diffusers() as heard:
+        with heard_from_diffusers() as heard:
             pipe.load_lora_weights(str(file), adapter_name=name, use_safetensors=True, local_files_only=True)
     except (SafetensorError, OSError) as error:
         raise BadInput(f"LoRA {file.name} cannot be read: {_first_line(error)}") from error
@@ -301,23 +179,6 @@ def _loaded(pipe: Any, name: str, file: Path, model: str) -> list[str]:
     return remarks + [f"LoRA {file.name}: {_shortened(text)}" for text in heard if NOTHING_FOR not in text]
 
 
-@contextmanager
-def _heard_from_diffusers() -> Iterator[list[str]]:
-    """What Diffusers would write to the terminal in the block, for a line of ours."""
-    heard: list[str] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            heard.append(record.getMessage())
-
-    logger = logging.getLogger("diffusers")
-    before, logger.handlers = logger.handlers, [Ear(logging.WARNING)]
-    try:
-        yield heard
-    finally:
-        logger.handlers = before
-
-
 def _shortened(text: str) -> str:
     """One line, of a length that can be read."""
     words = " ".join(text.split())
@@ -326,27 +187,3 @@ def _shortened(text: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _names_of(scheduler: str) -> set[str]:
-    """What a scheduler's class may be called, in lower case."""
-    full = scheduler.lower().removesuffix("scheduler")
-    short = full.replace("discrete", "").replace("multistep", "")
-    return {full, short, short.removeprefix("flowmatch")}
-
-
-def _is_flow(scheduler: Any) -> bool:
-    config = scheduler.config
-    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    return bool(flow) or type(scheduler).__name__.startswith("FlowMatch")
-
-
-def _as_flow(scheduler: Any, chosen: str) -> dict[str, Any]:
-    """What says in the configuration of `chosen` that its model's straight paths are those of `scheduler`."""
-    if not _is_flow(scheduler):
-        return {}
-    config = scheduler.config
-    shift = config.get("flow_shift", config.get("shift", 1.0))
-    if chosen.startswith("FlowMatch"):
-        return {"shift": shift}
-    return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
