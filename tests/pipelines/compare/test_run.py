@@ -267,8 +267,8 @@ class TestOrder:
     def test_a_compiled_model_changes_its_method_as_seldom_as_can_be_and_is_warmed_up(
         self, run: Compare, before: Callable[..., list[Job]], monkeypatch: pytest.MonkeyPatch, folder: Path
     ) -> None:
-        monkeypatch.setattr(session.model_options, "check_compiler", lambda device: None)
-        monkeypatch.setattr(session.model_options, "compile_denoisers", lambda pipe: "the U-Net")
+        monkeypatch.setattr(session.compilation, "check_compiler", lambda device: None)
+        monkeypatch.setattr(session.compilation, "compile_denoisers", lambda pipe: "the U-Net")
         jobs = before()
         found = run(compile=True)
         assert [(job.prompt, *job.methods) for job in jobs] == [
