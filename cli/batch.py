@@ -130,8 +130,9 @@ class _Stop:
     def _ask(self, number: int, _frame: object) -> None:
         self.signal = number
         self.__exit__()
-        # Not by `print`, which may be at work.
-        os.write(2, b"attnswap: ending after this step; once more ends at once.\n")
+        # Not by `print`, which may be at work; in the place of a bar, which is drawn again below.
+        clear = b"\r\033[K" if os.isatty(2) else b""
+        os.write(2, clear + b"attnswap: ending after this step; once more ends at once.\n")
 
 
 def _summary(outcome: Outcome, folder: Path, name: str, dry_run: bool) -> str:

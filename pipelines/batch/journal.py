@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 RESULTS = "results.jsonl"
+_OF_WORKER = re.compile(r"results\..+\.jsonl")
 _ROUNDS = 50
 
 
@@ -28,6 +31,7 @@ class Journal:
         self._folder = folder
         self.path = folder / (f"results.{worker}.jsonl" if worker else RESULTS)
         self._files: dict[Path, _Lines] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
 
     @property
     def skipped(self) -> int:
@@ -63,16 +67,24 @@ class Journal:
         Raises:
             OSError: a journal cannot be read.
         """
-        # results.jsonl first: of equal times, the entry of a worker counts.
-        paths = [self._folder / RESULTS, *sorted(self._folder.glob("results.*.jsonl"))]
-        files = {path: self._files.get(path) or _Lines() for path in paths}
-        entries: dict[str, dict[str, Any]] = {}
-        for path, file in files.items():
-            file.read(path)
-            for entry in file.entries.values():
-                _add(entries, entry)
+        known, self._files = self._files, {}  # where reading fails, the next look begins anew
+        files = {path: known.get(path) or _Lines() for path in self._paths()}
+        added = [file.read(path) for path, file in files.items()]
+        if files.keys() != known.keys() or None in added:
+            self._entries = {}
+            added = [list(file.entries.values()) for file in files.values()]
+        for entry in chain.from_iterable(entries or () for entries in added):
+            _add(self._entries, entry)
         self._files = files
-        return entries
+        return self._entries
+
+    def _paths(self) -> list[Path]:
+        try:
+            names = os.listdir(self._folder)  # not glob, which is slow where there are ten thousand pictures
+        except FileNotFoundError:
+            names = []
+        # results.jsonl first: of equal times, the entry of a worker counts.
+        return [self._folder / name for name in (RESULTS, *sorted(filter(_OF_WORKER.fullmatch, names)))]
 
     def merge(self, order: Sequence[str]) -> None:
         """Makes results.jsonl hold the last entry of each id: those of `order` first, then the others as found.
@@ -124,38 +136,47 @@ class _Lines:
         self._end = 0
         self._last = b""
 
-    def read(self, path: Path) -> None:
+    def read(self, path: Path) -> list[dict[str, Any]] | None:
+        """Reads on; gives the entries that are new, or None where what was read before is gone."""
         try:
             file = path.open("rb")
         except FileNotFoundError:
+            gone = bool(self.entries)
             self._forget(None)
-            return
+            return None if gone else []
+        replaced = False
         with file:
             inode = os.fstat(file.fileno()).st_ino
             file.seek(self._end - len(self._last))
             # A merge may have put another file there, and a system gives inodes of deleted files again: the last line
             # that was read must be where it was.
             if inode != self._inode or file.read(len(self._last)) != self._last:
+                replaced = bool(self.entries)
                 self._forget(inode)
                 file.seek(0)
             *lines, cut_off = file.read().split(b"\n")
+        added = []
         for line in lines:
-            if line.strip() and not self._take(line):
+            if entry := self._take(line):
+                added.append(entry)
+            elif line.strip():
                 self.skipped += 1
             self._last = line + b"\n"
             self._end += len(self._last)
         # A line without its end is looked at again next time; it may be an entry that lacks nothing else.
-        self._take(cut_off)
+        if entry := self._take(cut_off):
+            added.append(entry)
+        return None if replaced else added
 
-    def _take(self, line: bytes) -> bool:
+    def _take(self, line: bytes) -> dict[str, Any] | None:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
-            return False
+            return None
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("id", "status", "time")):
-            return False
+            return None
         _add(self.entries, entry)
-        return True
+        return entry
 
 
 def _add(entries: dict[str, dict[str, Any]], entry: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from ..routes import Stage
 from .plan import Planned
 
 REFRESH_SECONDS = 0.5
-SHOWN_OF_ID, SHOWN_OF_ERROR = 24, 300
+SHOWN_OF_ID = 24
 
 
 class Stopped(Exception):
@@ -46,7 +46,7 @@ class Progress:
             disable=not bars,
             position=0,
             dynamic_ncols=True,
-            bar_format="{n_fmt} of {total_fmt} rows |{bar}|{postfix}",
+            bar_format="{n_fmt} of {total_fmt} rows |{bar}| {desc}",
         )
         self._lower: tqdm[Any] = tqdm(disable=True)
         self._frames = False  # counted by the lower bar, in place of steps
@@ -99,8 +99,6 @@ class Progress:
         self._failed += 1
         self._work_left -= row.work
         self._count()
-        first, _, more = why.partition("\n")
-        why = printable(first, SHOWN_OF_ERROR) + (" …" if more else "")
         self.say(f"{self._number()} {row.id} failed: {why}{'' if self._bars else self._comma_left()}")
 
     def drop(self, rows: Sequence[Planned]) -> None:
@@ -145,7 +143,7 @@ class Progress:
     def _refresh(self) -> None:
         self._shown = time.monotonic()
         failed = f"{self._failed} failed" if self._failed else ""
-        self._rows.set_postfix_str(", ".join(filter(None, [failed, self._left()])))
+        self._rows.set_description_str(", ".join(filter(None, [failed, self._left()])))
 
     def _number(self) -> str:
         return f"[{self._done}/{self._total}]"

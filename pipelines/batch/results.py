@@ -11,9 +11,12 @@ from typing import Any
 
 from .. import save
 from ..errors import BadInput
+from ..printable import printable
 from ..session import Result
 from .journal import sha256_of
 from .plan import Planned
+
+SHOWN = 300
 
 
 class State(Enum):
@@ -89,6 +92,12 @@ def failed(planned: Planned, error: BaseException, *, expected: bool, worker: st
         "error": text,
         **({} if expected else {"traceback": "".join(traceback.format_exception(error))}),
     }
+
+
+def on_a_line(error: str) -> str:
+    """What went wrong, fit for a terminal; the entry has it whole."""
+    first, _, more = error.partition("\n")
+    return printable(first, SHOWN) + (" …" if more else "")
 
 
 def _head(planned: Planned, status: str, worker: str) -> dict[str, Any]:

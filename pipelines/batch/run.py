@@ -64,7 +64,7 @@ class Outcome:
         rows: in this process's share.
         before: were finished when it began.
         others: were finished by others meanwhile.
-        failures: What went wrong, by id.
+        failures: What went wrong, on a line, by id.
         ended: Why it ended before all rows were tried; None where they were.
         interrupted: It was asked to.
     """
@@ -113,9 +113,11 @@ def run(
         claims = None
         try:
             if not batch.dry_run:
-                stack.enter_context(occupy(batch.folder, batch.share))
+                place = stack.enter_context(occupy(batch.folder, batch.share))
                 claims = stack.enter_context(Claims(batch.folder)) if batch.share.claim else None
             worker = _Worker(batch, planned, claims, print_line)
+            if not batch.dry_run and _alone(batch.folder, place):
+                worker.remove_leftovers()
         except OSError as error:
             raise BadInput(f"{batch.folder} cannot be used: {error.strerror or error}.") from error
         if batch.dry_run:
@@ -150,7 +152,7 @@ class _Worker:
         self, batch: Batch, planned: Sequence[Planned], claims: Claims | None, say: Callable[[str], None]
     ) -> None:
         self._batch, self._claims, self._say = batch, claims, say
-        self._order = [row.id for row in planned]
+        self._rows, self._order = planned, [row.id for row in planned]
         self._journal = Journal(batch.folder, batch.share.worker)
         self._before = dict(self._journal.latest())
         mine = batch.share.of(planned)
@@ -190,7 +192,7 @@ class _Worker:
         progress = Progress(self.rows, bars=bars, print_line=self._say, stop=stop)
         try:
             if self._claims is None:
-                self._remove_leftovers(self.rows)
+                self._remove_parts(self.rows)
             waited = False
             while len(queue):
                 group, finished = queue.take()
@@ -213,6 +215,11 @@ class _Worker:
         finally:
             progress.close()
 
+    def remove_leftovers(self) -> None:
+        """Of whatever was killed here, as nobody else is at work."""
+        journals = {path.name for path in self._batch.folder.glob("results.*.jsonl")}
+        save.remove_leftovers(self._batch.folder, {row.file.name for row in self._rows} | journals | {RESULTS})
+
     def end(self) -> None:
         """Nothing is lost where this fails: the next worker to end does it, or the next run."""
         with contextlib.suppress(OSError):
@@ -221,7 +228,7 @@ class _Worker:
     def _make(self, group: Group, session: Session, queue: Queue, progress: Progress) -> None:
         rows = [row for row, _ in group]
         if taken_over := [row for row, lease in group if lease is not None and not lease.first]:
-            self._remove_leftovers(taken_over)
+            self._remove_parts(taken_over)
         progress.begin_group(rows)
         try:
             made = session.make([row.task for row in rows], watch=progress, say=progress.say)
@@ -255,7 +262,8 @@ class _Worker:
     def _failed(self, group: Group, error: Exception, queue: Queue, progress: Progress) -> None:
         rows = [row for row, _ in group]
         if len(rows) > 1:
-            progress.say(f"{_few([row.id for row in rows])} failed together, and are tried one by one: {error}")
+            why = results.on_a_line(str(error))
+            progress.say(f"{_few([row.id for row in rows])} failed together, and are tried one by one: {why}")
             _release(group)
             queue.put_back(rows)
             return
@@ -265,15 +273,13 @@ class _Worker:
         if lease is None or lease.held():
             self._journal.append(entry)
         _release(group)
-        self.outcome.failures[row.id] = entry["error"]
-        progress.row_failed(row, entry["error"])
+        self.outcome.failures[row.id] = why = results.on_a_line(entry["error"])
+        progress.row_failed(row, why)
         if len(queue) and len(self.outcome.failures) == self._batch.max_failures:
             raise _End(f"--max-failures {self._batch.max_failures} reached")
 
-    def _remove_leftovers(self, rows: Sequence[Planned]) -> None:
-        names = {row.file.name for row in rows}
-        # Others may be writing it, where there are others.
-        save.remove_leftovers(self._batch.folder, names if self._batch.share.worker else names | {RESULTS})
+    def _remove_parts(self, rows: Sequence[Planned]) -> None:
+        save.remove_leftovers(self._batch.folder, {row.file.name for row in rows})
 
     def _look(self) -> Callable[[Planned], bool]:
         """What others have made, or tried to, by now: whether a row is among that."""
@@ -299,6 +305,11 @@ def _raise_if_final(error: Exception) -> None:
         raise _End(str(error)) from error
     if isinstance(error, torch.AcceleratorError) or str(error).startswith("CUDA error"):
         raise _End(f"the device has failed: {str(error).splitlines()[0]}") from error
+
+
+def _alone(folder: Path, place: Lease) -> bool:
+    places = Claims(folder, "batch")
+    return all(places.ended(name) for name in places.names() if name != place.name)
 
 
 def _release(group: Sequence[tuple[Planned, Lease | None]]) -> None:
