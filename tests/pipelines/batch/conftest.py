@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from attnswap.pipelines.session import Session
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
@@ -125,3 +127,32 @@ def forks() -> Iterator[Forks]:
     made = Forks()
     yield made
     made.kill()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The ids that each call of the pipeline made."""
+    made: list[list[str]] = []
+    make = Session.make
+
+    def spy(self: Session, tasks: Any, **options: Any) -> Any:
+        made.append([task.job.output.stem for task in tasks])
+        return make(self, tasks, **options)
+
+    monkeypatch.setattr(Session, "make", spy)
+    return made
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts with "poison" in them become not-a-number, alone and in company."""
+    encode = StableDiffusionPipeline.encode_prompt
+
+    def encoded(self: Any, prompt: Any, *rest: Any, **named: Any) -> Any:
+        positive, negative = encode(self, prompt, *rest, **named)
+        for index, text in enumerate([prompt] if isinstance(prompt, str) else prompt):
+            if "poison" in text:
+                positive[index] = float("nan")
+        return positive, negative
+
+    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", encoded)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +13,10 @@ import numpy as np
 import pytest
 import torch
 from attnswap.pipelines import generate, job, save
-from attnswap.pipelines.batch import run as module
 from attnswap.pipelines.batch.run import Outcome, run
 from attnswap.pipelines.batch.share import Share
 from attnswap.pipelines.errors import BadInput
-from attnswap.pipelines.session import Session
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
 Make = Callable[..., Any]
@@ -30,35 +24,6 @@ Entries = Callable[[], list[dict[str, Any]]]
 Whole = Callable[[Iterable[str]], None]
 FOUR = ("a fox", "a cat", "a dog", "a cow")
 IDS = ("0001", "0002", "0003", "0004")
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The ids that each call of the pipeline made."""
-    made: list[list[str]] = []
-    make = Session.make
-
-    def spy(self: Session, tasks: Any, **options: Any) -> Any:
-        made.append([task.job.output.stem for task in tasks])
-        return make(self, tasks, **options)
-
-    monkeypatch.setattr(Session, "make", spy)
-    return made
-
-
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts with "poison" in them become not-a-number, alone and in company."""
-    encode = StableDiffusionPipeline.encode_prompt
-
-    def encoded(self: Any, prompt: Any, *rest: Any, **named: Any) -> Any:
-        positive, negative = encode(self, prompt, *rest, **named)
-        for index, text in enumerate([prompt] if isinstance(prompt, str) else prompt):
-            if "poison" in text:
-                positive[index] = float("nan")
-        return positive, negative
-
-    monkeypatch.setattr(StableDiffusionPipeline, "encode_prompt", encoded)
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: Callable[[torch.Tensor], Exception | None]) -> None:
@@ -377,229 +342,3 @@ class TestStop:
         outcome = run(batch("a fox", "a cat"), stopping=nullcontext(lambda: bool(decoded)))
         assert (outcome.done, outcome.left, outcome.interrupted) == (1, 1, True)
         assert_whole(["0001"])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 128 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", place], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip("this user may not mount")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-class TestDisk:
-    def test_that_is_full_ends_the_batch_and_it_goes_on_when_there_is_room(self, batch: Make, small_disk: Path) -> None:
-        out = small_disk / "out"
-        filler = small_disk / "filler"
-        rows = [{"prompt": "a fox", "seed": seed} for seed in range(4)]
-        filler.write_bytes(bytes(90_000))
-        given = replace(batch(*rows), folder=out)
-        outcome = run(given)
-        assert 0 < outcome.done < 4
-        assert outcome.ended is not None
-        assert "No space left on device" in outcome.ended
-        assert not list(out.glob(".*.part"))
-        filler.unlink()
-        assert run(replace(given, resume=True)).ended is None
-        lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        assert [line["id"] for line in lines] == [f"{number:04}" for number in range(1, 5)]
-        for line in lines:
-            Image.open(out / line["file"]).load()
-
-    def test_that_is_full_at_the_picture(
-        self, batch: Make, out: Path, assert_whole: Whole, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        image_save = Image.Image.save
-
-        def full(self: Image.Image, file: Any, *rest: Any, **named: Any) -> None:
-            if "0002" in file.name:
-                file.write(b"half")
-                raise OSError(errno.ENOSPC, "No space left on device")
-            image_save(self, file, *rest, **named)
-
-        with monkeypatch.context() as broken:
-            broken.setattr(Image.Image, "save", full)
-            outcome = run(batch(*FOUR))
-        assert (outcome.done, outcome.failures, outcome.left) == (1, {}, 3)
-        assert outcome.ended == f"{out / '0002.png'} could not be written: No space left on device"
-        assert_whole(["0001"])
-        run(batch(resume=True))
-        assert_whole(IDS)
-
-    def test_that_is_full_at_the_entry(
-        self, batch: Make, out: Path, assert_whole: Whole, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        write = os.write
-
-        def full(descriptor: int, data: bytes) -> int:
-            if b'"0002"' in data:
-                write(descriptor, data[:20])
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return write(descriptor, data)
-
-        with monkeypatch.context() as broken:
-            broken.setattr(os, "write", full)
-            outcome = run(batch(*FOUR))
-        assert (outcome.done, outcome.left) == (1, 3)
-        assert outcome.ended == f"{out} cannot be written any more: No space left on device"
-        run(batch(resume=True))
-        assert_whole(IDS)
-
-    def test_that_is_full_at_a_clip(
-        self, batch: Make, tiny_wan: Path, out: Path, assert_whole: Whole, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        pytest.importorskip("av")
-        from attnswap.pipelines import video_writer
-
-        def full(self: Any, frame: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        small = {"model": str(tiny_wan), "width": 16, "height": 16, "frames": 5}
-        with monkeypatch.context() as broken:
-            broken.setattr(video_writer._Mp4, "add", full)
-            outcome = run(batch("a fox", fields=small))
-        assert outcome.ended == f"{out / '0001.mp4'} could not be written: No space left on device"
-        assert not list(out.glob("*0001*"))
-        run(batch(fields=small, resume=True))
-        assert_whole(["0001"])
-
-    def test_that_is_read_only_is_said_at_once(self, batch: Make, out: Path, small_disk: Path, calls: Any) -> None:
-        (small_disk / "out").mkdir()
-        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-        with pytest.raises(BadInput, match="not writable"):
-            run(replace(batch("a fox"), folder=small_disk / "out"))
-        assert calls == []
-
-    def test_folder_that_cannot_be_made_or_is_a_file(self, batch: Make, out: Path, tmp_path: Path) -> None:
-        with pytest.raises(BadInput, match=r"the folder .*no does not exist"):
-            run(replace(batch("a fox"), folder=tmp_path / "no" / "out"))
-        out.write_text("")
-        with pytest.raises(BadInput, match="is a file"):
-            run(batch("a fox"))
-
-    def test_folder_that_vanishes_meanwhile_ends_the_batch(self, batch: Make, out: Path) -> None:
-        said: list[str] = []
-
-        def say(text: str) -> None:
-            said.append(text)
-            if "0002" in text:
-                shutil.rmtree(out)
-
-        outcome = run(batch(*FOUR), print_line=say)
-        assert (outcome.done, outcome.left) == (2, 2)
-        assert outcome.ended == f"{out / '0003.png'} could not be written: No such file or directory"
-
-    def test_a_folder_in_the_place_of_one_file_fails_that_row(self, batch: Make, out: Path, entries: Entries) -> None:
-        outcome = run(batch(*FOUR[:3]), print_line=lambda text: (out / "0002.png").mkdir(exist_ok=True))
-        assert (outcome.done, list(outcome.failures), outcome.ended) == (2, ["0002"], None)
-        assert "Is a directory" in entries()[1]["error"]
-
-
-class TestModelFolder:
-    def test_that_vanishes_meanwhile_is_not_missed(
-        self, batch: Make, tiny_sd: Path, copy_of: Callable[[Path], Path], assert_whole: Whole
-    ) -> None:
-        model = copy_of(tiny_sd)
-        rows = [*FOUR[:2], {"prompt": "a dog", "method": "hidiffusion", "width": 128, "height": 128}]
-
-        def say(text: str) -> None:
-            if "0001" in text:
-                shutil.rmtree(model)
-
-        assert run(batch(*rows, fields={"model": str(model)}), print_line=say) == Outcome(rows=3, done=3)
-        assert_whole(IDS[:3])
-
-
-class TestClaims:
-    MINE = Share(claim=True, worker="me")
-
-    def others(self, out: Path) -> Any:
-        from attnswap.pipelines.batch.claims import Claims
-
-        out.mkdir(exist_ok=True)
-        return Claims(out)
-
-    def test_a_row_that_others_have_is_left_to_them(
-        self, batch: Make, out: Path, calls: Any, assert_whole: Whole, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Until they let it go without a result, which is seen without an end of ours."""
-        monkeypatch.setattr(module, "WAIT_SECONDS", 0.2)
-        with self.others(out) as claims:
-            lease = claims.acquire("0001")
-            said: list[str] = []
-
-            def say(text: str) -> None:
-                said.append(text)
-                if "waiting" in text:
-                    lease.release()
-
-            assert run(batch(*FOUR[:3], share=self.MINE), print_line=say).done == 3
-        assert calls == [["0002"], ["0003"], ["0001"]]
-        assert said[3] == "waiting for 1 row that others have claimed."
-        assert_whole(IDS[:3])
-
-    def test_a_row_that_others_finish_meanwhile_is_not_made_again(
-        self, batch: Make, out: Path, calls: Any, entries: Entries, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from attnswap.pipelines.batch.journal import Journal
-
-        monkeypatch.setattr(module, "WAIT_SECONDS", 0.2)
-        run(batch(*FOUR[:3], share=self.MINE))
-        made = entries()
-        shutil.rmtree(out)
-        calls.clear()
-        with self.others(out) as claims:
-            lease = claims.acquire("0001")
-
-            def say(text: str) -> None:
-                if "waiting" in text:
-                    Journal(out, "other").append(made[0])
-                    lease.release()
-
-            outcome = run(batch(share=self.MINE), print_line=say)
-        assert calls == [["0002"], ["0003"]]
-        assert (outcome.done, outcome.others, outcome.left) == (2, 1, 0)
-        assert [entry["id"] for entry in entries()] == list(IDS[:3])
-
-    def test_a_row_that_was_lost_to_others_is_not_recorded(
-        self, batch: Make, out: Path, entries: Entries, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from attnswap.pipelines.batch.claims import Lease
-
-        asked: list[str] = []
-
-        def held(self: Lease) -> bool:
-            """When it is claimed, and no longer when it is made."""
-            asked.append(self.name)
-            return self.name != "0002" or asked.count("0002") == 1
-
-        monkeypatch.setattr(Lease, "held", held)
-        outcome = run(batch(*FOUR[:3], share=self.MINE))
-        assert (outcome.done, outcome.others, outcome.left) == (2, 1, 0)
-        assert [entry["id"] for entry in entries()] == ["0001", "0003"]
-
-    def test_waiting_ends_when_asked_to(self, batch: Make, out: Path, calls: Any) -> None:
-        waiting: list[str] = []
-        with self.others(out) as claims:
-            assert claims.acquire("0001")
-            outcome = run(
-                batch("a fox", share=self.MINE),
-                print_line=lambda text: waiting.append(text) if "waiting" in text else None,
-                stopping=nullcontext(lambda: bool(waiting)),
-            )
-        assert (outcome.interrupted, outcome.left, calls) == (True, 1, [])
-
-    def test_whoever_joins_does_not_repeat_a_failure_but_who_resumes_does(
-        self, batch: Make, calls: Any, poison: None
-    ) -> None:
-        run(batch("poison", "a fox", share=self.MINE))
-        calls.clear()
-        joined = Share(claim=True, worker="you")
-        assert run(batch(share=joined)) == Outcome(rows=2, before=2)
-        assert calls == []
-        run(batch(share=joined, resume=True))
-        assert calls == [["0001"]]
