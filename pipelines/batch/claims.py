@@ -21,20 +21,17 @@ import json
 import os
 import re
 import secrets
-import socket
 import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from ..errors import BadInput
-
-if TYPE_CHECKING:
-    from .share import Share
+from .share import Share, machine
 
 FOLDER = ".attnswap-locks"
 BEAT_SECONDS = 5.0
@@ -275,17 +272,6 @@ def occupy(folder: Path, share: Share) -> Lease:
         lease.release()
         raise
     return lease
-
-
-def machine() -> str:
-    """This machine, as its processes can know each other by number: host name, boot, and container."""
-    parts = [re.sub(r"\s", "-", socket.gethostname())]
-    try:
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    except OSError:  # not Linux
-        pass
-    return " ".join(parts)
 
 
 def _places(share: Share) -> Iterator[str]:

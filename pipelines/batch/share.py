@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from ..errors import BadInput
-from .claims import machine
 
 T = TypeVar("T")
 
@@ -71,6 +72,17 @@ def find(shard: str | None, claim: bool, environ: Mapping[str, str]) -> Share:
     elif world == 1:
         _refuse_tasks_that_do_not_know_each_other(environ)
     return Share(rank, world, worker=f"{rank}-of-{world}" if world > 1 else "", local_rank=local_rank)
+
+
+def machine() -> str:
+    """This machine, as its processes can know each other by number: host name, boot, and container."""
+    parts = [re.sub(r"\s", "-", socket.gethostname())]
+    try:
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    except OSError:  # not Linux
+        pass
+    return " ".join(parts)
 
 
 def _parse(shard: str) -> tuple[int, int]:
