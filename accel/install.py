@@ -99,6 +99,7 @@ class Installation:
             self._occupy(slot, put=not passive)
         for strategy in self.strategies:
             strategy.install(passive=passive)
+        self.recorder.keep_notes()
 
     def remove(self) -> None:
         """Take everything out: the same processor objects, no hook and no attribute is left."""

@@ -128,6 +128,7 @@ class Recorder:
     denoiser_calls: int = 0
     details: Callable[[], Details | None] = lambda: None
     _warned: bool = False
+    _lasting: Counter[str] = field(default_factory=Counter)
     _planned: dict[str, PlannedCall] = field(default_factory=dict)
 
     def begin(self) -> None:
@@ -173,10 +174,15 @@ class Recorder:
             self._warned = True
             warnings.warn(f"attnswap: {text}", AttnswapWarning, stacklevel=2)
 
+    def keep_notes(self) -> None:
+        """Those so far are of what is in place, not of a run: they outlast `reset`."""
+        self._lasting = Counter(self.notes)
+
     def reset(self) -> None:
         for name, record in self.layers.items():
             self.layers[name] = LayerRecord(record.plan)
         self.notes.clear()
+        self.notes.update(self._lasting)
         self.runs.clear()
         self.denoiser_calls = 0
         self._planned.clear()

@@ -76,6 +76,7 @@ class StageMethods:
         if self.handle:
             disable(self._pipe)
             self.handle = None
+        self._in_place = []
 
     def _present(self) -> tuple[Entry, ...]:
         """What the report says of what is in place now."""

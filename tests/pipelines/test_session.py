@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attnswap.accel.errors import AttnswapWarning
 from attnswap.accel.swap import installed_in
 from attnswap.pipelines import run, save
 from attnswap.pipelines.errors import BadInput, JobFailed, NotWritten
@@ -102,6 +103,14 @@ class TestMethods:
         assert installed is not None
         assert installed_in(session.pipe.unet) is installed
         assert [report.denoisers[0]["calls"] for report in reports if report] == [2, 2, 2]
+
+    def test_what_is_noted_when_they_are_put_in_place_is_in_the_report_of_every_job(self, tmp_path: Path) -> None:
+        job = Job(prompt="a fox", model="emoji-flux", steps=1, methods={"clear": {"radius": 4}})
+        with Session(job) as session, pytest.warns(AttnswapWarning, match="trained for radius 3"):
+            results = [session.make([task])[0] for task in planned(session, job, tmp_path)[:2]]
+        for result in results:
+            assert result.report is not None
+            assert any("trained for radius 3" in note for note in result.report.summary()["notes"])
 
     def test_are_out_for_a_job_without(self, session: Session, job: Job, tmp_path: Path) -> None:
         dense = planned(session, job, tmp_path, width=128, height=128)[0]
