@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     print(_summary(outcome, batch.folder, name, options.dry_run))
     if outcome.interrupted:
         return 128 + stop.signal
-    return 1 if outcome.failures or outcome.ended else 0
+    return 1 if outcome.failures or outcome.others_failed or outcome.ended else 0
 
 
 def _defaults(options: argparse.Namespace, share: Share) -> Job:
@@ -139,14 +139,19 @@ def _summary(outcome: Outcome, folder: Path, name: str, dry_run: bool) -> str:
     before = f", {outcome.before} finished before" if outcome.before else ""
     if dry_run:
         return f"{name}{outcome.rows} rows are right, {outcome.left} to be made{before}."
-    counts = {"done": outcome.done, "failed": len(outcome.failures), "by others": outcome.others, "left": outcome.left}
-    parts = [f"{count} {what}" for what, count in counts.items() if count or what == "done"]
+    counts = {
+        "failed": len(outcome.failures),
+        "done by others": outcome.others,
+        "failed with others": outcome.others_failed,
+        "left": outcome.left,
+    }
+    parts = [f"{outcome.done} done", *(f"{count} {what}" for what, count in counts.items() if count)]
     lines = [f"{name}{', '.join(parts)}{before}: {folder / 'results.jsonl'}"]
     failures = list(outcome.failures.items())
     lines += [f"  {row} failed: {why}" for row, why in failures[:FAILURES_SHOWN]]
     lines += [f"  and {len(failures) - FAILURES_SHOWN} more"] if len(failures) > FAILURES_SHOWN else []
     if outcome.ended:
         lines.append(f"Ended early: {outcome.ended}. The same command with --resume goes on.")
-    elif failures:
+    elif failures or outcome.others_failed:
         lines.append("The same command with --resume tries them again.")
     return "\n".join(lines)

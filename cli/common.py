@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..pipelines.printable import printable_lines
+
 # Said here, as asking the packages for them would load torch before --help answers.
 MODELS = "emoji-flux, emoji-sd, emoji-video, a folder or a Hub id"
 METHODS = "adaspa, clear, hidiffusion, linfusion"
@@ -46,7 +48,7 @@ def warnings_in_a_line() -> Iterator[None]:
             from ..accel.errors import AttnswapWarning
 
             if issubclass(category, AttnswapWarning):
-                print(message, file=sys.stderr)
+                print(printable_lines(str(message)), file=sys.stderr)
             else:
                 show(message, category, *where)
 
@@ -55,7 +57,8 @@ def warnings_in_a_line() -> Iterator[None]:
 
 
 def fail(message: str, status: int) -> int:
-    print(f"attnswap: {message}", file=sys.stderr)
+    """Says why, and is `status`. Names in `message` may come from a file that anybody has written."""
+    print(f"attnswap: {printable_lines(message)}", file=sys.stderr)
     return status
 
 

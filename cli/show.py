@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         except BadInput as error:
             status = fail(str(error), 2)
         except RecursionError:
-            status = fail(f"{printable(file)}: its attnswap metadata is nested too deep.", 2)
+            status = fail(f"{file}: its attnswap metadata is nested too deep.", 2)
     if len(options.files) == 1:
         print("\n".join(shown.values()), end="\n" if shown else "")
     elif options.json:
@@ -78,7 +78,12 @@ def _screen(file: str, record: Record) -> str:
             printable(text), width, initial_indent=first, subsequent_indent=" " * LABEL, break_on_hyphens=False
         )
     # Not wrapped, so that it can be copied.
-    return "\n".join([*lines, f"{'again':<{LABEL}}{printable(f'attnswap generate --from {shlex.quote(file)}')}"])
+    return "\n".join([*lines, f"{'again':<{LABEL}}{printable(f'attnswap generate {_from(file)}')}"])
+
+
+def _from(file: str) -> str:
+    """As a shell takes it; a name that begins with "-" would be taken for a flag if it stood alone."""
+    return f"--from={shlex.quote(file)}" if file.startswith("-") else f"--from {shlex.quote(file)}"
 
 
 def _rows(record: Record) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..accel.errors import UnsupportedModel
 from .errors import BadInput, JobFailed
+from .names import expanded
 
 if TYPE_CHECKING:
     from .load import Model
@@ -24,7 +25,9 @@ WHOLE, PIECES, PIECE = 2**20, 64, 2**12
 
 
 def fingerprint(path: Path, names: tuple[str, ...] | None = None) -> str | None:
-    """16 hexadecimal digits that another content of a file or folder would change; None where it cannot be read.
+    """16 hexadecimal digits of a file or folder; None where it cannot be read.
+
+    Another content changes them, of a file above `WHOLE` very likely, as only pieces of it are read.
 
     Args:
         names: Of the files in the folder that count; all that models consist of if not given. Links are followed.
@@ -37,7 +40,7 @@ def fingerprint(path: Path, names: tuple[str, ...] | None = None) -> str | None:
         for name in sorted(names):
             digest.update(f"{name}\0{_pieces(path / name)}\n".encode())
         return digest.hexdigest()[:16] if names else None
-    except OSError:
+    except (OSError, ValueError):  # the second for a name with a NUL in it
         return None
 
 
@@ -46,7 +49,7 @@ def of_file(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 
@@ -117,8 +120,7 @@ def _weights(method: str, settings: Mapping[str, Any], model: Model) -> Path | N
     weights = settings["weights"]
     if method == "linfusion" and weights == "auto" and (weights := _automatic(model.folder)) is None:
         return None
-    bundled = checkpoints.BUNDLED / weights / method
-    path = bundled if bundled.is_dir() else _on_this_machine(weights)
+    path = _there(checkpoints.BUNDLED / weights / method) or _on_this_machine(weights)
     if method == "clear" and path is not None and path.is_dir():
         file = path / clear_weights.file_name(settings["radius"], settings["down_factor"])
         return file if file.is_file() else path
@@ -143,10 +145,17 @@ def _on_this_machine(name: str) -> Path | None:
     """The file or folder here, or of the Hub's cache, that `name` stands for. Nobody is asked."""
     from huggingface_hub import snapshot_download
 
-    path = Path(name).expanduser()
-    if path.exists():
+    if path := _there(name):
         return path
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError):  # not there, or no id
         return None
+
+
+def _there(name: str | Path) -> Path | None:
+    try:
+        path = expanded(name)
+    except BadInput:  # a name that nothing could have
+        return None
+    return path if path.exists() else None

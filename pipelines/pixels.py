@@ -15,6 +15,7 @@ from PIL import GifImagePlugin
 from . import save
 from .job import MAX_SIDE
 from .printable import printable
+from .video_writer import FRAMES
 
 #: A picture, [H, W, 3].
 Frame = NDArray[np.uint8]
@@ -28,7 +29,7 @@ LONGEST = 200
 class Pixels:
     """
     Attributes:
-        same: None where they could not be compared.
+        same: Whether every pixel is; None where they could not be compared.
         text: the finding in words, without a full stop.
     """
 
@@ -53,7 +54,10 @@ def compare_pixels(made: Path, source: Path) -> Pixels:
         if made.samefile(source):
             return Pixels(None, f"not compared with {name}, which is now this file itself")
         with closing(_frames(made)) as mine, closing(_frames(source)) as theirs:
-            return _compared(mine, theirs, name)
+            found = _compared(mine, theirs, name)
+        if found.same is False and made.suffix.lower() == ".mp4" and _same_before_encoding(made, source):
+            return Pixels(False, f"the same frames as {name}, encoded otherwise: {found}")
+        return found
     except save.UNREADABLE as error:
         return Pixels(None, f"not compared with {name}: {printable(str(error), LONGEST)}")
 
@@ -122,3 +126,9 @@ def _mp4(path: Path) -> Generator[Frame, None, None]:
     with save.open_mp4(path) as container:
         for frame in container.decode(video=0):
             yield frame.to_ndarray(format="rgb24")
+
+
+def _same_before_encoding(made: Path, source: Path) -> bool:
+    """Whether two MP4s say that they are of the same frames; those of earlier versions say nothing."""
+    with save.open_mp4(made) as mine, save.open_mp4(source) as theirs:
+        return FRAMES in mine.metadata and mine.metadata[FRAMES] == theirs.metadata.get(FRAMES)

@@ -18,6 +18,11 @@ def printable(text: str, limit: int | None = None) -> str:
     return "".join(character if is_printable(character) else _escaped(character) for character in cut)
 
 
+def printable_lines(text: str) -> str:
+    """The same for text of several lines, which stay lines."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def is_printable(character: str) -> bool:
     return character.isprintable() or character in JOINERS or unicodedata.category(character) == "Zs"
 

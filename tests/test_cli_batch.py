@@ -142,6 +142,13 @@ class TestStatus:
         assert (status, out.splitlines()[0].partition(":")[0]) == (0, "1 done, 2 finished before")
         assert "1 row made again, failed before: 0002." in err
 
+    def test_is_1_where_others_have_failed_at_a_row(self, attnswap: Cli, broken: list[bool]) -> None:
+        attnswap("rows.jsonl", "-o", "out", "--claim")
+        status, out, _ = attnswap("rows.jsonl", "-o", "out", "--claim")
+        assert status == 1
+        assert ": 0 done, 1 failed with others, 2 finished before: " in out
+        assert "The same command with --resume tries them again." in out
+
     def test_is_1_where_a_row_failed_too_often(self, attnswap: Cli, broken: list[bool]) -> None:
         status, out, _ = attnswap("rows.jsonl", "-o", "out", "--max-failures", 1)
         assert status == 1

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import unicodedata
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from attnswap.accel.errors import AttnswapWarning
 from attnswap.accel.methods import AdaSpa, HiDiffusion
+from attnswap.cli import common
 from attnswap.pipelines import save, video_writer
 from attnswap.pipelines.job import Companions, Job
 from attnswap.pipelines.lora import Lora
@@ -140,6 +143,10 @@ class TestShow:
         write("my fox's.png")
         assert attnswap("show", "my fox's.png")[1].endswith("""attnswap generate --from 'my fox'"'"'s.png'\n""")
 
+    def test_names_a_file_that_looks_like_a_flag_so_that_it_is_none(self, attnswap: Cli) -> None:
+        write("-my fox.png")
+        assert attnswap("show", "--", "-my fox.png")[1].endswith("attnswap generate --from='-my fox.png'\n")
+
 
 class TestJson:
     def test_is_the_record(self, attnswap: Cli) -> None:
@@ -214,6 +221,29 @@ class TestRecordsOfAnybody:
         write("\x1b[2J.png")
         write("b.png")
         assert "\x1b" not in attnswap("show", "\x1b[2J.png", "b.png")[1]
+
+    @pytest.mark.parametrize("said", [
+        {"model": "\x1b[31mme/model"},
+        {"image": "\x1b[31m.png", "strength": 0.5},
+        {"scheduler": "\x1b[31m"},
+        {"route": "\x1b[31m"},
+        {"loras": [{"id": "a.safetensors", "\x1b[31m": 1}]},
+    ])  # fmt: skip
+    def test_nor_do_they_when_they_are_refused(self, attnswap: Cli, said: dict[str, Any]) -> None:
+        write("evil.png", **said)
+        status, _, err = attnswap("generate", "--from", "evil.png")
+        assert status == 2
+        assert "\x1b" not in err
+        assert r"\x1b[31m" in err
+
+    def test_nor_in_warnings(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with common.warnings_in_a_line():
+            warnings.warn("layer \x1b[31m\nlayer 2", AttnswapWarning, stacklevel=1)
+        assert capsys.readouterr().err == "layer \\x1b[31m\nlayer 2\n"
+
+    def test_nor_in_messages_of_several_lines(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert common.fail("rows.jsonl:1: \x1b[31m\nrows.jsonl:2: \u202e", 2) == 2
+        assert capsys.readouterr().err == "attnswap: rows.jsonl:1: \\x1b[31m\nrows.jsonl:2: \\u202e\n"
 
     def test_keep_emoji_and_scripts_whole(self, attnswap: Cli) -> None:
         prompt = "👨‍👩‍👧 狐狸　می‌روم Füchslein"

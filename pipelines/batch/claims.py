@@ -11,6 +11,10 @@ Why no two processes can hold a name at once:
   become the fresh lock of somebody else. Letting go is a time of change in 1970, as stale as can be.
 - Who was taken for dead but was only suspended finds the next file there: `Lease.held` is False from then on.
 
+Who is suspended for over a minute loses the rows that it claimed: others wait for them, and a row that is made twice
+costs no more than time. It keeps its place in the folder (`occupy`) for as long as its process is known to be there,
+which it is on its own machine: a batch that went on beside a second one would cost results.
+
 It costs an inode a claim, in a hidden folder that may be deleted when no batch is at work.
 """
 
@@ -39,12 +43,13 @@ STALE_SECONDS = 60.0  # a dozen missed beats: a network file system may show a t
 HALF_WRITTEN_SECONDS = 10.0  # from the creation of a file to the line in it
 
 _LET_GO = (0, 0)
-_CLOCK_SLACK = 2.0
+_LONG_AGO = 1e9  # 2001: a file system that cannot go back to 1970 goes as far as it can
+_SLACK = 2.0  # of `_started`
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, so that it is known again on this machine and on others; `started` is in seconds since 1970."""
+    """A process, so that it is known again on this machine and on others; `started` is by `_started`."""
 
     machine: str
     pid: int
@@ -69,20 +74,27 @@ class Lease:
         self._released = False
 
     def held(self) -> bool:
-        """Whether nobody has taken the name over. To be asked before a result is made known.
+        """Whether the name was neither let go nor taken over.
 
         False as well where the folder of the locks was deleted, since others can no longer see the claim.
 
         Raises:
             OSError: the folder cannot be read now.
         """
-        if self._released:
-            return False
+        return not self._released and _exists(self._path) and not self.taken_over()
+
+    def taken_over(self) -> bool:
+        """Whether somebody else has claimed the name since.
+
+        Raises:
+            OSError: the folder cannot be read now.
+        """
         try:
             owner, _ = _read(self._path)
         except FileNotFoundError:
             return False
-        return owner is not None and owner.token == self._token and not _exists(self._following)
+        # Another's token: the folder of the locks was deleted, and the name claimed anew.
+        return owner is None or owner.token != self._token or _exists(self._following)
 
     def release(self) -> None:
         """Lets the name go, for others to have at once. Nothing where it is lost already."""
@@ -102,16 +114,17 @@ class Claims:
     Args:
         folder: of the batch; the files are in a hidden folder in it.
         kind: claims of different kinds do not meet.
+        patient: Take no name from a process that is known to be there, however long it has been suspended.
 
     Raises:
         OSError: the folder is not there or cannot be written; the same for every method.
     """
 
-    def __init__(self, folder: Path, kind: str = "lock") -> None:
-        self._folder, self._kind = folder / FOLDER, kind
+    def __init__(self, folder: Path, kind: str = "lock", *, patient: bool = False) -> None:
+        self._folder, self._kind, self._patient = folder / FOLDER, kind, patient
         self._folder.mkdir(exist_ok=True)
         self._machine = machine()
-        self._started = psutil.Process().create_time()
+        self._started = _started(os.getpid())
         self._lock = threading.Lock()
         self._held: set[Path] = set()
         self._beating = False
@@ -160,7 +173,7 @@ class Claims:
         if not number:
             return True
         owner, changed = _read(self._path(name, number - 1))
-        return changed == _LET_GO[1] or (owner is not None and self._gone(owner))
+        return changed < _LONG_AGO or (owner is not None and self._lives(owner) is False)
 
     def close(self) -> None:
         """Lets all names go."""
@@ -182,24 +195,27 @@ class Claims:
 
     def _stale(self, path: Path) -> bool:
         owner, changed = _read(path)
-        if owner and self._gone(owner):
+        if changed < _LONG_AGO:
             return True
+        lives = self._lives(owner) if owner else None
+        if lives is False:
+            return True
+        if lives and self._patient:
+            return False
         return self._now() - changed > (STALE_SECONDS if owner else HALF_WRITTEN_SECONDS)
 
-    def _gone(self, owner: Owner) -> bool:
-        """Whether the process is known to have ended; of another machine, nothing is known."""
+    def _lives(self, owner: Owner) -> bool | None:
+        """Whether the process is there, suspended perhaps; None where that is not known, as of other machines."""
         if owner.machine != self._machine:
-            return False
+            return None
         if not psutil.pid_exists(owner.pid):
-            return True
-        try:
-            process = psutil.Process(owner.pid)
-            # A time of start is counted from that of the machine, which moves when the clock is set. Nobody gets a
-            # number again within seconds.
-            later = abs(process.create_time() - owner.started) > _CLOCK_SLACK
-            return later or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.Error:  # hidden from other users (hidepid), or ended this moment
             return False
+        try:
+            if abs(_started(owner.pid) - owner.started) > _SLACK:  # nobody gets a number again so soon
+                return False
+            return psutil.Process(owner.pid).status() != psutil.STATUS_ZOMBIE
+        except (psutil.Error, OSError):  # hidden from other users (hidepid), or ended this moment
+            return None
 
     def _now(self) -> float:
         """The time by the clock that gives the locks theirs, which on a network file system is the server's."""
@@ -247,15 +263,17 @@ def occupy(folder: Path, share: Share) -> Lease:
     place first and looks at the others then, so of two that collide one at least sees the other, and gives way. Both
     may, when they begin at the same moment; the places free themselves.
 
-    A place whose batch was killed is free: at once on the machine it ran on, after a minute elsewhere.
+    A place whose batch was killed is free: at once on the machine it ran on, after a minute elsewhere. That of a batch
+    which is only suspended is not free on its machine; from elsewhere, it looks as if it was killed, and its `Lease`
+    tells it so.
 
     Raises:
         BadInput: another batch is at work there that would make the same rows.
         OSError: the folder is not there or cannot be written.
     """
-    places = Claims(folder, "batch")
+    places = _places(folder)
     lease = None
-    for place in _places(share):
+    for place in _suitable(share):
         if lease := places.acquire(place):
             break
     if lease is None:
@@ -274,8 +292,22 @@ def occupy(folder: Path, share: Share) -> Lease:
     return lease
 
 
-def _places(share: Share) -> Iterator[str]:
-    """Those that would do; of workers that claim, there may be any number."""
+def alone(folder: Path, place: Lease) -> bool:
+    """Whether all batches have ended that ever had a place in `folder`, but for that at `place`.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    places = _places(folder)
+    return all(places.ended(name) for name in places.names() if name != place.name)
+
+
+def _places(folder: Path) -> Claims:
+    return Claims(folder, "batch", patient=True)
+
+
+def _suitable(share: Share) -> Iterator[str]:
+    """The places that would do; of workers that claim, there may be any number."""
     if share.claim:
         yield from (f"{number}-claim" for number in itertools.count())
     else:
@@ -298,6 +330,20 @@ def _occupied(folder: Path, place: str, owner: Owner | None) -> BadInput:
         f"{folder}: another batch is at work there{how}, {who}{dead}. Wait for it, stop it, or name another folder; "
         "to share one, start all with --claim, or all with --shard I/N, with the same N and each with its own I."
     )
+
+
+def _started(pid: int) -> float:
+    """When a process began: on Linux in ticks since the boot, elsewhere in seconds since 1970.
+
+    On Linux, seconds since 1970 are counted from the boot, whose time moves whenever the clock is set.
+
+    Raises:
+        psutil.Error, OSError: it cannot be seen.
+    """
+    if not psutil.LINUX:
+        return psutil.Process(pid).create_time()
+    # The 22nd field; the second is a name in brackets, with whatever in it.
+    return float(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
 
 
 def _exists(path: Path) -> bool:

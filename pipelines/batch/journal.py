@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -41,9 +42,15 @@ class Journal:
     def append(self, entry: dict[str, Any]) -> None:
         """Adds a line, which is on the disk when this returns.
 
+        Its "time" is made later than that of every entry of the id so far, so that it counts: clocks are set back, and
+        those of several machines disagree.
+
         Raises:
             OSError: as the system says, when the disk is full, say. A part of the line may be there; it is skipped.
         """
+        known = self.latest().get(entry["id"])
+        if known is not None and entry["time"] <= known["time"]:
+            entry = entry | {"time": _just_after(known["time"]) or entry["time"]}
         # An error's text can hold half characters, of file names that are no UTF-8: they become \udc80, which is JSON.
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         # Opened each time, since a merge puts another file in this one's place.
@@ -62,7 +69,8 @@ class Journal:
             os.close(descriptor)
 
     def latest(self) -> dict[str, dict[str, Any]]:
-        """The last entry of each id in all journals of the folder, by its "time".
+        """The last entry of each id in all journals of the folder: the last line of each journal, of those the latest
+        by "time".
 
         Raises:
             OSError: a journal cannot be read.
@@ -89,7 +97,7 @@ class Journal:
     def merge(self, order: Sequence[str]) -> None:
         """Makes results.jsonl hold the last entry of each id: those of `order` first, then the others as found.
 
-        Lines that are no entries are not kept.
+        Lines that are no entries are not kept. Where there are no entries, nothing is written.
 
         Every worker does this at its end, several at once perhaps, and no lock is needed: results.jsonl is replaced by
         a whole file made of itself and all journals, and everyone looks again after that and starts over until it finds
@@ -105,7 +113,7 @@ class Journal:
             first = {id: entries[id] for id in order if id in entries}
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in (first | entries).values()]
             data = "".join(lines).encode("utf-8", "backslashreplace")
-            if _bytes_of(results) == data:
+            if not data or _bytes_of(results) == data:
                 return
             self._replace(results, data)
 
@@ -137,46 +145,59 @@ class _Lines:
         self._last = b""
 
     def read(self, path: Path) -> list[dict[str, Any]] | None:
-        """Reads on; gives the entries that are new, or None where what was read before is gone."""
+        """Reads on; gives the entries that are new, or None where what was read before counts no more."""
         try:
             file = path.open("rb")
         except FileNotFoundError:
             gone = bool(self.entries)
             self._forget(None)
             return None if gone else []
-        replaced = False
+        anew = False
         with file:
             inode = os.fstat(file.fileno()).st_ino
             file.seek(self._end - len(self._last))
             # A merge may have put another file there, and a system gives inodes of deleted files again: the last line
             # that was read must be where it was.
             if inode != self._inode or file.read(len(self._last)) != self._last:
-                replaced = bool(self.entries)
+                anew = bool(self.entries)
                 self._forget(inode)
                 file.seek(0)
             *lines, cut_off = file.read().split(b"\n")
         added = []
         for line in lines:
-            if entry := self._take(line):
+            if entry := _entry(line):
                 added.append(entry)
             elif line.strip():
                 self.skipped += 1
             self._last = line + b"\n"
             self._end += len(self._last)
         # A line without its end is looked at again next time; it may be an entry that lacks nothing else.
-        if entry := self._take(cut_off):
+        if entry := _entry(cut_off):
             added.append(entry)
-        return None if replaced else added
+        for entry in added:
+            # Of a line that says to be later than this one, others must not be outdone any more.
+            anew = anew or entry["time"] < self.entries.get(entry["id"], entry)["time"]
+            self.entries[entry["id"]] = entry
+        return None if anew else added
 
-    def _take(self, line: bytes) -> dict[str, Any] | None:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("id", "status", "time")):
-            return None
-        _add(self.entries, entry)
-        return entry
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("id", "status", "time")):
+        return None
+    return entry
+
+
+def _just_after(time: str) -> str | None:
+    """A microsecond later; None where that cannot be said."""
+    try:
+        later = datetime.datetime.fromisoformat(time) + datetime.timedelta(microseconds=1)
+    except (ValueError, OverflowError):
+        return None
+    return later.isoformat(timespec="microseconds")
 
 
 def _add(entries: dict[str, dict[str, Any]], entry: dict[str, Any]) -> None:

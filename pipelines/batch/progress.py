@@ -28,12 +28,19 @@ class Progress:
         bars: whether to draw them.
         print_line: is given a line a row, and what else is to be said.
         stop: whether to raise `Stopped` after the next step.
+        check: is called after every step and once more right before a file is put in its place; may raise.
     """
 
     def __init__(
-        self, rows: Sequence[Planned], *, bars: bool, print_line: Callable[[str], None], stop: Callable[[], bool]
+        self,
+        rows: Sequence[Planned],
+        *,
+        bars: bool,
+        print_line: Callable[[str], None],
+        stop: Callable[[], bool],
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._bars, self._print_line, self._stop = bars, print_line, stop
+        self._bars, self._print_line, self._stop, self._check = bars, print_line, stop, check
         self._total, self._done, self._failed = len(rows), 0, 0
         # Of all rows, done and left; and the seconds it took to do what is done.
         self._work_done, self._work_left, self._seconds = 0.0, float(sum(row.work for row in rows)), 0.0
@@ -65,6 +72,7 @@ class Progress:
         self.reach(stage, 0)
 
     def reach(self, stage: Stage, step: int) -> None:
+        self._check()
         before = sum(other.steps for other in self._group[0].task.stages[: stage.number - 1])
         # Schedulers of second order call twice for most steps.
         reached = before + min(step, stage.steps)
@@ -76,6 +84,7 @@ class Progress:
         self._move(reached / self._steps)
 
     def frame_done(self, total: int) -> None:
+        self._check()
         if not self._frames:
             self._frames = True
             self._draw_lower(total=total, unit="frame")
@@ -111,6 +120,14 @@ class Progress:
         self._work_done += work
         self._rows.total = self._total
         self._refresh()
+
+    def wait(self, seconds: float) -> None:
+        """For others, unless the batch is asked to stop."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self._stop():
+                raise Stopped
+            time.sleep(0.1)
 
     def say(self, text: str) -> None:
         """A line that the bars do not overwrite."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +19,7 @@ from ..errors import BadInput, JobFailed, NotWritten
 from ..job import Job
 from ..session import Result, Session
 from . import plan, results
-from .claims import Claims, Lease, occupy
+from .claims import Claims, Lease, alone, occupy
 from .journal import RESULTS, Journal
 from .plan import Planned
 from .progress import Progress, Stopped
@@ -64,6 +64,7 @@ class Outcome:
         rows: in this process's share.
         before: were finished when it began.
         others: were finished by others meanwhile.
+        others_failed: Others have failed at them, meanwhile or before this one joined.
         failures: What went wrong, on a line, by id.
         ended: Why it ended before all rows were tried; None where they were.
         interrupted: It was asked to.
@@ -73,13 +74,14 @@ class Outcome:
     before: int = 0
     done: int = 0
     others: int = 0
+    others_failed: int = 0
     failures: dict[str, str] = field(default_factory=dict)
     ended: str | None = None
     interrupted: bool = False
 
     @property
     def left(self) -> int:
-        return self.rows - self.before - self.done - self.others - len(self.failures)
+        return self.rows - self.before - self.done - self.others - self.others_failed - len(self.failures)
 
 
 def run(
@@ -110,13 +112,13 @@ def run(
         if session is not None:
             stack.callback(session.close)
         plan.check_folder(batch.folder, make=not batch.dry_run)
-        claims = None
+        place = claims = None
         try:
             if not batch.dry_run:
                 place = stack.enter_context(occupy(batch.folder, batch.share))
                 claims = stack.enter_context(Claims(batch.folder)) if batch.share.claim else None
-            worker = _Worker(batch, planned, claims, print_line)
-            if not batch.dry_run and _alone(batch.folder, place):
+            worker = _Worker(batch, planned, place, claims, print_line)
+            if place and alone(batch.folder, place):
                 worker.remove_leftovers()
         except OSError as error:
             raise BadInput(f"{batch.folder} cannot be used: {error.strerror or error}.") from error
@@ -138,6 +140,7 @@ class _Worker:
     """
     Args:
         planned: all rows of the manifest.
+        place: in the folder; none in a dry run.
         claims: where rows are divided by claiming.
 
     Attributes:
@@ -149,9 +152,14 @@ class _Worker:
     """
 
     def __init__(
-        self, batch: Batch, planned: Sequence[Planned], claims: Claims | None, say: Callable[[str], None]
+        self,
+        batch: Batch,
+        planned: Sequence[Planned],
+        place: Lease | None,
+        claims: Claims | None,
+        say: Callable[[str], None],
     ) -> None:
-        self._batch, self._claims, self._say = batch, claims, say
+        self._batch, self._place, self._claims, self._say = batch, place, claims, say
         self._rows, self._order = planned, [row.id for row in planned]
         self._journal = Journal(batch.folder, batch.share.worker)
         self._before = dict(self._journal.latest())
@@ -159,9 +167,11 @@ class _Worker:
         states = {row.id: results.state(row, self._before.get(row.id)) for row in mine}
         self._refuse_to_overwrite(mine, states)
         # Whoever joins others does not repeat what they have just failed at; who resumes does.
-        final = {State.DONE} if batch.resume or not batch.share.claim else {State.DONE, State.FAILED}
-        self.rows = [row for row in mine if states[row.id] not in final]
-        self.outcome = Outcome(len(mine), before=len(mine) - len(self.rows))
+        failed = [] if batch.resume or not batch.share.claim else [id for id in states if states[id] is State.FAILED]
+        done = [id for id in states if states[id] is State.DONE]
+        finished = {*done, *failed}
+        self.rows = [row for row in mine if row.id not in finished]
+        self.outcome = Outcome(len(mine), before=len(done), others_failed=len(failed))
         for kind in (State.FAILED, State.CHANGED, State.GONE, State.DAMAGED):
             if again := [row.id for row in self.rows if states[row.id] is kind]:
                 say(f"{_rows(len(again))} made again, {kind.value}: {_few(again)}.")
@@ -189,14 +199,15 @@ class _Worker:
     def work(self, session: Session, *, bars: bool, stop: Callable[[], bool]) -> None:
         """Until no row is left, or there is no going on."""
         queue = Queue(self.rows, batch_size=self._batch.batch_size, claims=self._claims, look=self._look)
-        progress = Progress(self.rows, bars=bars, print_line=self._say, stop=stop)
+        progress = Progress(self.rows, bars=bars, print_line=self._say, stop=stop, check=self._keep_place)
         try:
             if self._claims is None:
                 self._remove_parts(self.rows)
             waited = False
             while len(queue):
+                self._keep_place()
                 group, finished = queue.take()
-                self.outcome.others += len(finished)
+                self._count(finished)
                 progress.drop(finished)
                 if group:
                     waited = False
@@ -205,7 +216,7 @@ class _Worker:
                     if not waited:
                         progress.say(f"waiting for {_rows(len(queue))} that others have claimed.")
                     waited = True
-                    _wait(stop)
+                    progress.wait(WAIT_SECONDS)
         except Stopped:
             self.outcome.interrupted, self.outcome.ended = True, "interrupted"
         except _End as end:
@@ -222,7 +233,8 @@ class _Worker:
 
     def end(self) -> None:
         """Nothing is lost where this fails: the next worker to end does it, or the next run."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, _End):
+            self._keep_place()  # else another batch may be writing what a merge replaces
             self._journal.merge(self._order)
 
     def _make(self, group: Group, session: Session, queue: Queue, progress: Progress) -> None:
@@ -232,7 +244,7 @@ class _Worker:
         progress.begin_group(rows)
         try:
             made = session.make([row.task for row in rows], watch=progress, say=progress.say)
-        except Stopped:
+        except (Stopped, _End):
             raise
         except Exception as error:
             progress.end_group(())
@@ -248,15 +260,11 @@ class _Worker:
             torch.cuda.empty_cache()
 
     def _done(self, group: Group, made: Sequence[Result], progress: Progress) -> None:
-        for (row, lease), result in zip(group, made, strict=True):
-            # Whoever was suspended for long may have lost the row to somebody who makes the same of it.
-            if lease is None or lease.held():
-                self._journal.append(results.done(row, result, batch=len(group), worker=self._batch.share.worker))
-                self.outcome.done += 1
-                progress.row_done(row, result.seconds)
-            else:
-                self.outcome.others += 1
-                progress.drop([row])
+        for (row, _), result in zip(group, made, strict=True):
+            # Also of a row that was lost to others meanwhile: the file is this one's now, whoever is done already.
+            self._record(results.done(row, result, batch=len(group), worker=self._batch.share.worker))
+            self.outcome.done += 1
+            progress.row_done(row, result.seconds)
         _release(group)
 
     def _failed(self, group: Group, error: Exception, queue: Queue, progress: Progress) -> None:
@@ -271,12 +279,30 @@ class _Worker:
         expected = isinstance(error, BadInput | JobFailed | UnsupportedModel | WeightsError)
         entry = results.failed(row, error, expected=expected, worker=self._batch.share.worker)
         if lease is None or lease.held():
-            self._journal.append(entry)
+            self._record(entry)
         _release(group)
         self.outcome.failures[row.id] = why = results.on_a_line(entry["error"])
         progress.row_failed(row, why)
         if len(queue) and len(self.outcome.failures) == self._batch.max_failures:
             raise _End(f"--max-failures {self._batch.max_failures} reached")
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        self._keep_place()
+        self._journal.append(entry)
+
+    def _keep_place(self) -> None:
+        """Ends the batch where another has taken it for dead, as it was suspended, and may make the same rows now."""
+        try:
+            if self._place and self._place.taken_over():
+                raise _End("another batch has taken over this folder")
+        except OSError as error:
+            raise _End(f"{self._batch.folder} cannot be read any more: {error.strerror or error}") from error
+
+    def _count(self, finished: Sequence[Planned]) -> None:
+        entries = self._journal.latest() if finished else {}
+        failed = sum(entries.get(row.id, {}).get("status") == "failed" for row in finished)
+        self.outcome.others_failed += failed
+        self.outcome.others += len(finished) - failed
 
     def _remove_parts(self, rows: Sequence[Planned]) -> None:
         save.remove_leftovers(self._batch.folder, {row.file.name for row in rows})
@@ -307,23 +333,10 @@ def _raise_if_final(error: Exception) -> None:
         raise _End(f"the device has failed: {str(error).splitlines()[0]}") from error
 
 
-def _alone(folder: Path, place: Lease) -> bool:
-    places = Claims(folder, "batch")
-    return all(places.ended(name) for name in places.names() if name != place.name)
-
-
 def _release(group: Sequence[tuple[Planned, Lease | None]]) -> None:
     for _, lease in group:
         if lease is not None:
             lease.release()
-
-
-def _wait(stop: Callable[[], bool]) -> None:
-    until = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < until:
-        if stop():
-            raise Stopped
-        time.sleep(0.1)
 
 
 def _rows(count: int) -> str:

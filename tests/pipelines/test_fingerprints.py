@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from attnswap.pipelines import fingerprints, load
@@ -120,6 +121,27 @@ class TestLargeFiles:
         path.write_bytes(b"two")
         os.utime(path, ns=(1, 1))
         assert fingerprints.fingerprint(path) != before
+
+
+# Too long, nobody's home folder, no name at all, and one that the Hub refuses.
+NOWHERE = pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/a.png", "a\0b", "a/b..c"])
+
+
+@NOWHERE
+class TestNamesThatNothingHas:
+    def test_of_a_file(self, name: str) -> None:
+        assert fingerprints.of_file(Path(name)) is None
+        assert fingerprints.fingerprint(Path(name)) is None
+
+    def test_of_an_adapter(self, name: str) -> None:
+        assert fingerprints.of_lora(Lora(name)) is None
+
+    def test_of_the_weights_of_a_method(self, name: str) -> None:
+        methods: dict[str, dict[str, Any]] = {
+            "linfusion": {"weights": name},
+            "clear": {"weights": name, "radius": 3.0, "down_factor": None},
+        }
+        assert fingerprints.of_weights(methods, load.find("emoji-sd")) == {"linfusion": None, "clear": None}
 
 
 class TestLora:

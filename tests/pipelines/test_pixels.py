@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -87,6 +88,39 @@ class TestClips:
     def test_of_another_size(self, tmp_path: Path, kind: str) -> None:
         found = compare_pixels(clip(tmp_path / f"a{kind}"), clip(tmp_path / f"b{kind}", side=16))
         assert found.text == f"its size is 32x32, that of {tmp_path / f'b{kind}'} 16x16"
+
+
+COARSE = video_writer.ENCODER | {"crf": "19"}
+
+
+@pytest.mark.skipif(not save.has_av(), reason="no PyAV")
+class TestClipsEncodedOtherwise:
+    @pytest.fixture
+    def other(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+        """Writes a clip of the frames of `noise`, as another version of the encoder would."""
+
+        def write(name: str, **changed: object) -> Path:
+            with monkeypatch.context() as patch:
+                for what, value in changed.items():
+                    patch.setattr(video_writer, what, value)
+                with video_writer.writers(tmp_path / name, None, fps=Fraction(8), record={}) as (writer,):
+                    for number in range(4):
+                        writer.add(np.random.default_rng(number).integers(0, 256, (96, 96, 3), np.uint8))
+            return tmp_path / name
+
+        return write
+
+    def test_are_said_to_be_of_the_same_frames(self, other: Callable[..., Path]) -> None:
+        found = compare_pixels(other("a.mp4"), theirs := other("b.mp4", ENCODER=COARSE))
+        assert found.same is False
+        assert found.text.startswith(f"the same frames as {theirs}, encoded otherwise: ")
+        assert f" % of the pixels differ from {theirs}, in 4 of 4 frames, by at most " in found.text
+
+    def test_but_not_where_they_do_not_say(self, other: Callable[..., Path]) -> None:
+        for mine in ("attnswap_frames", "nothing"):
+            found = compare_pixels(other("a.mp4", FRAMES=mine), other("b.mp4", ENCODER=COARSE, FRAMES="nothing"))
+            assert found.same is False
+            assert "same frames" not in found.text
 
 
 class TestNotCompared:

@@ -23,6 +23,17 @@ def frames(count: int = 12, height: int = 48, width: int = 64) -> Iterator[video
         yield np.stack([x * 3, y * 4, (x + y + 4 * number) % 256], -1).astype(np.uint8)
 
 
+def foliage(count: int = 9, height: int = 160, width: int = 208) -> Iterator[video_writer.Frame]:
+    """Patches of all sizes, moving: not what an encoder could describe in a few words."""
+    random = np.random.default_rng(0)
+    scales = [(random.random((height // side + 2, width // side + 20, 3)), side) for side in (1, 4, 16, 40)]
+    for number in range(count):
+        patches = [
+            np.kron(values, np.ones((side, side, 1)))[:height, number : number + width] for values, side in scales
+        ]
+        yield (np.mean(patches, axis=0) * 255).astype(np.uint8)
+
+
 def write(path: Path | None, shown: Any = None, *, fps: Any = 16, frames_dir: Path | None = None) -> None:
     with video_writer.writers(path, frames_dir, fps=Fraction(fps), record=RECORD) as writers:
         for frame in frames() if shown is None else shown:
@@ -87,6 +98,28 @@ class TestMp4:
         for name in ("a.mp4", "b.mp4"):
             write(tmp_path / name)
         assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+    def test_is_the_same_file_on_a_processor_with_other_instructions(
+        self, av: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write(tmp_path / "a.mp4", foliage())
+        monkeypatch.setattr(video_writer, "ENCODER", video_writer.ENCODER | {"x264-params": "asm=0"})
+        write(tmp_path / "b.mp4", foliage())
+        assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+    def test_is_encoded_in_as_many_threads_on_any_processor(self, av: Any, tmp_path: Path) -> None:
+        write(tmp_path / "a.mp4")  # x264 itself notes how it was set
+        assert b" threads=4 lookahead_threads=1 sliced_threads=0 " in (tmp_path / "a.mp4").read_bytes()
+
+    def test_remembers_its_frames_as_they_were_before_encoding(self, av: Any, tmp_path: Path) -> None:
+        def remembered(shown: Iterator[video_writer.Frame]) -> str:
+            write(tmp_path / "a.mp4", shown)
+            with av.open(str(tmp_path / "a.mp4")) as container:
+                return str(container.metadata["attnswap_frames"])
+
+        one_off = list(frames())
+        one_off[3][0, 0, 0] += 1
+        assert len({remembered(shown) for shown in (frames(), frames(), iter(one_off), frames(11))}) == 3
 
     def test_of_another_program_or_none_at_all_is_refused(self, av: Any, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match="does not exist"):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from attnswap.pipelines.batch import claims
 from attnswap.pipelines.batch.claims import Claims, Lease, occupy
@@ -207,6 +208,29 @@ def test_the_number_of_a_dead_process_may_have_gone_to_another(tmp_path: Path, s
     assert mine.acquire("a") is not None
 
 
+@pytest.mark.skipif(not psutil.LINUX, reason="elsewhere, a time of start is written down when a process starts")
+def test_setting_the_clock_does_not_make_an_owner_another_process(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = start(OWNER + "time.sleep(60)")
+    assert line(owner) == "mine"
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 3600)
+    assert Claims(tmp_path).acquire("a") is None
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="/proc")
+def test_an_owner_is_known_by_its_start_whatever_it_is_called(tmp_path: Path) -> None:
+    odd = tmp_path / "a) S 1 (b"
+    odd.symlink_to(sys.executable)
+    with (
+        subprocess.Popen([odd, "-c", "input()"], stdin=subprocess.PIPE) as first,
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as second,
+    ):
+        # In hundredths of a second, usually.
+        assert 0 <= claims._started(second.pid) - claims._started(first.pid) < 1000
+
+
 def test_of_eight_processes_that_race_for_a_stale_lock_one_gets_it(tmp_path: Path, start: Start) -> None:
     owner = start(OWNER + "time.sleep(60)")
     assert line(owner) == "mine"
@@ -309,8 +333,10 @@ def test_a_deleted_folder_of_locks_is_no_claim_any_more(tmp_path: Path) -> None:
     lease = take(mine, "a")
     lock(tmp_path, "a").unlink()
     assert not lease.held()
+    assert not lease.taken_over()
     assert Claims(tmp_path).acquire("a") is not None  # by a file of the same name
     assert not lease.held()
+    assert lease.taken_over()
     lock(tmp_path, "a").unlink()
     (tmp_path / ".attnswap-locks").rmdir()
     with pytest.raises(FileNotFoundError):
@@ -400,6 +426,34 @@ time.sleep(60)
         pass
 
 
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_suspended_batch_keeps_its_place(tmp_path: Path, start: Start) -> None:
+    script = """
+from attnswap.pipelines.batch.claims import occupy
+from attnswap.pipelines.batch.share import Share
+lease = occupy(folder, Share())
+say("in")
+input()
+say(lease.held(), lease.taken_over())
+"""
+    batch = start(script)
+    assert line(batch) == "in"
+    batch.send_signal(signal.SIGSTOP)
+    silent(lock(tmp_path, "single", kind="batch"), 100)
+    for share in (SINGLE, SHARDS[0], CLAIM):
+        with pytest.raises(BadInput, match=f"process {batch.pid} on "):
+            occupy(tmp_path, share)
+    batch.send_signal(signal.SIGCONT)
+    assert batch.communicate("\n", timeout=10)[0] == "True False\n"
+
+
+def test_a_place_is_let_go_where_files_cannot_be_of_1970(tmp_path: Path) -> None:
+    occupy(tmp_path, SINGLE).release()
+    os.utime(lock(tmp_path, "single", kind="batch"), (315532800, 315532800))  # 1980
+    with occupy(tmp_path, SINGLE) as lease:
+        assert claims.alone(tmp_path, lease)
+
+
 def test_a_batch_on_another_machine_that_wakes_up_finds_its_place_taken(
     tmp_path: Path, elsewhere: Callable[..., Claims]
 ) -> None:
@@ -409,6 +463,7 @@ def test_a_batch_on_another_machine_that_wakes_up_finds_its_place_taken(
     silent(lock(tmp_path, "single", kind="batch"), 61)
     with occupy(tmp_path, SHARDS[0]):
         assert not theirs.held()
+        assert theirs.taken_over()
 
 
 def test_of_batches_that_begin_at_the_same_moment_no_two_that_collide_get_in(tmp_path: Path, start: Start) -> None:

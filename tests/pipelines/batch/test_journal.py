@@ -40,6 +40,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def write(path: Path, *entries: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(one) + "\n" for one in entries)
+
+
 def test_an_entry_survives_the_file(tmp_path: Path) -> None:
     given = entry("ein Füchslein 🦊", error='a "quote",\nlines and a \u2028', seconds=1.5, report=None)
     Journal(tmp_path).append(given)
@@ -60,12 +65,59 @@ def test_no_journal_is_no_entry(tmp_path: Path) -> None:
 
 
 def test_the_latest_entry_of_an_id_counts_in_whichever_journal(tmp_path: Path) -> None:
-    Journal(tmp_path, "0-of-2").append(entry("a", 5, error="later"))
-    Journal(tmp_path, "1-of-2").append(entry("a", 3, error="earlier"))
-    Journal(tmp_path).append(entry("b", 1, error="one"))
-    Journal(tmp_path).append(entry("b", 1, error="two, in the same second"))
+    write(tmp_path / "results.0-of-2.jsonl", entry("a", 5, error="later"))
+    write(tmp_path / "results.1-of-2.jsonl", entry("a", 3, error="earlier"))
+    write(tmp_path / "results.jsonl", entry("b", 1, error="one"), entry("b", 1, error="two, in the same second"))
     latest = Journal(tmp_path).latest()
     assert {id: found["error"] for id, found in latest.items()} == {"a": "later", "b": "two, in the same second"}
+
+
+FUTURE = "2099-01-01T00:00:00+00:00"
+
+
+def test_a_later_line_of_a_journal_counts_whatever_the_clock_said(tmp_path: Path) -> None:
+    path = tmp_path / "results.0-of-2.jsonl"
+    other = entry("a", 3, error="between")
+    write(tmp_path / "results.1-of-2.jsonl", other)
+    write(path, entry("a", status="failed") | {"time": FUTURE})
+    watching = Journal(tmp_path)
+    assert watching.latest()["a"]["status"] == "failed"
+    write(path, entry("a", 5, error="after the clock was set"))
+    assert watching.latest()["a"]["error"] == "after the clock was set"
+    write(path, entry("a", 1, error="older than the other worker's"))
+    assert watching.latest() == Journal(tmp_path).latest() == {"a": other}
+
+
+@pytest.mark.parametrize("worker", ["", "0-of-2", "1-of-2"])
+def test_what_is_appended_counts_though_a_clock_was_ahead(tmp_path: Path, worker: str) -> None:
+    failed = entry("a", status="failed") | {"time": FUTURE}
+    Journal(tmp_path, "0-of-2").append(failed)
+    Journal(tmp_path, "0-of-2").merge(["a"])
+    watching = Journal(tmp_path)
+    assert watching.latest() == {"a": failed}
+    done = entry("a", 7)
+    Journal(tmp_path, worker).append(done)
+    latest = done | {"time": "2099-01-01T00:00:00.000001+00:00"}
+    assert watching.latest() == {"a": latest}
+    for name in ("0-of-2", "1-of-2", ""):
+        Journal(tmp_path, name).merge(["a"])
+        assert lines(tmp_path / "results.jsonl") == [latest]
+    Journal(tmp_path, worker).append(entry("a", 8, status="failed"))
+    assert watching.latest()["a"]["status"] == "failed"
+
+
+@pytest.mark.parametrize("time", ["zzz", "9999-12-31T23:59:59.999999+00:00", "2099-01-01", "2099-01-01T00:00:00+05:00"])
+def test_what_is_appended_counts_after_a_time_of_any_kind(tmp_path: Path, time: str) -> None:
+    write(tmp_path / "results.jsonl", entry("a", status="failed") | {"time": time})
+    watching = Journal(tmp_path)
+    assert watching.latest()["a"]["status"] == "failed"
+    Journal(tmp_path).append(entry("a"))
+    assert watching.latest()["a"]["status"] == Journal(tmp_path).latest()["a"]["status"] == "done"
+
+
+def test_a_merge_of_nothing_writes_nothing(tmp_path: Path) -> None:
+    Journal(tmp_path).merge(["a"])
+    assert os.listdir(tmp_path) == []
 
 
 def test_each_worker_has_a_file_of_its_own(tmp_path: Path) -> None:
@@ -284,8 +336,6 @@ def test_a_folder_that_has_vanished(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "gone")
     with pytest.raises(FileNotFoundError):
         journal.append(entry("a"))
-    with pytest.raises(FileNotFoundError):
-        journal.merge([])
 
 
 def test_the_hash_of_a_file(tmp_path: Path) -> None:

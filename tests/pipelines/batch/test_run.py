@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from attnswap.pipelines import generate, job, save
+from attnswap.pipelines.batch.claims import Lease
+from attnswap.pipelines.batch.journal import Journal
 from attnswap.pipelines.batch.run import Outcome, run
 from attnswap.pipelines.batch.share import Share
 from attnswap.pipelines.errors import BadInput
@@ -196,12 +199,15 @@ class TestFailure:
     def test_of_the_last_row_ends_nothing_early(self, batch: Make, poison: None) -> None:
         assert run(batch("a fox", "poison", max_failures=1)).ended is None
 
-    def test_of_the_device_ends_the_batch(self, batch: Make, calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_the_device_ends_the_batch(
+        self, batch: Make, out: Path, calls: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         broken = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nmore")
         failing(monkeypatch, lambda sample: broken)
         outcome = run(batch("a fox", "a cat"))
         assert outcome.ended == "the device has failed: CUDA error: an illegal memory access was encountered"
         assert (outcome.left, len(calls)) == (2, 1)
+        assert not (out / "results.jsonl").exists()
 
     def test_a_picture_that_is_gone_by_then(self, batch: Make, entries: Entries, tmp_path: Path, calls: Any) -> None:
         Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
@@ -305,6 +311,86 @@ class TestResume:
         (out / "results.jsonl").unlink()
         assert run(batch(share=Share(1, 2, worker="1-of-2"), resume=True)).done == 0
         assert_whole(IDS[:2])
+
+
+class TestTakenOver:
+    """By a batch that took this one for dead, as it was suspended."""
+
+    ENDED = "another batch has taken over this folder"
+
+    @pytest.fixture(autouse=True)
+    def no_merge(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Journal, "merge", lambda *_: pytest.fail("what the other writes is replaced"))
+
+    def take_over(self, out: Path) -> None:
+        (out / ".attnswap-locks" / "single.batch.1").touch()
+
+    def test_between_rows_makes_no_other(self, batch: Make, out: Path, calls: Any) -> None:
+        def say(text: str) -> None:
+            if "0001: " in text:
+                self.take_over(out)
+
+        outcome = run(batch("a fox", "a cat"), print_line=say)
+        assert (outcome.ended, outcome.done, outcome.left) == (self.ENDED, 1, 1)
+        assert calls == [["0001"]]
+
+    @pytest.mark.parametrize("moment", [(UNet2DConditionModel, "forward"), (AutoencoderKL, "decode")])
+    def test_within_a_row_writes_no_file(
+        self, batch: Make, out: Path, monkeypatch: pytest.MonkeyPatch, moment: tuple[Any, str]
+    ) -> None:
+        function = getattr(*moment)
+
+        def suspended(*arguments: Any, **named: Any) -> Any:
+            self.take_over(out)
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(*moment, suspended)
+        outcome = run(batch("a fox", fields={"steps": 2}))
+        assert (outcome.ended, outcome.failures, outcome.left) == (self.ENDED, {}, 1)
+        assert os.listdir(out) == [".attnswap-locks"]
+
+    def test_within_a_clip_writes_no_file(
+        self, batch: Make, tiny_wan: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("av")
+        from attnswap.pipelines import video_writer
+
+        add = video_writer._Mp4.add
+
+        def suspended(self_: Any, frame: Any) -> None:
+            self.take_over(out)
+            add(self_, frame)
+
+        monkeypatch.setattr(video_writer._Mp4, "add", suspended)
+        small = {"model": str(tiny_wan), "width": 16, "height": 16, "frames": 5}
+        assert run(batch("a fox", fields=small)).ended == self.ENDED
+        assert os.listdir(out) == [".attnswap-locks"]
+
+    def test_after_a_file_is_written_makes_no_entry(
+        self, batch: Make, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write = save.write_png
+
+        def suspended(*arguments: Any) -> None:
+            write(*arguments)
+            self.take_over(out)
+
+        monkeypatch.setattr(save, "write_png", suspended)
+        outcome = run(batch("a fox"))
+        assert (outcome.ended, outcome.done) == (self.ENDED, 0)
+        assert not (out / "results.jsonl").exists()
+
+    def test_is_not_known_where_the_folder_cannot_be_read(self, batch: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(self: Any) -> bool:
+            raise OSError(5, "Input/output error")
+
+        def step(sample: torch.Tensor) -> None:
+            monkeypatch.setattr(Lease, "taken_over", broken)
+
+        failing(monkeypatch, step)
+        outcome = run(batch("a fox"))
+        assert (outcome.failures, outcome.left) == ({}, 1)
+        assert str(outcome.ended).endswith("out cannot be read any more: Input/output error")
 
 
 class TestStop:
