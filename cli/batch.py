@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     from ..pipelines.batch import share
     from ..pipelines.batch.run import Batch
     from ..pipelines.batch.run import run as run_batch
+    from ..pipelines.printable import printable_lines
 
     mine = share.find(options.shard, options.claim, os.environ)
     batch = Batch(
@@ -71,10 +72,12 @@ def run(options: argparse.Namespace) -> int:
     quieten(progress=False)
     name = f"{mine.worker}: " if mine.worker else ""
     stop = _Stop()
-    outcome = run_batch(
-        batch, bars=bars, print_line=lambda text: print(f"{name}{text}", file=sys.stderr, flush=True), stopping=stop
-    )
-    print(_summary(outcome, batch.folder, name, options.dry_run))
+
+    def print_line(text: str) -> None:
+        print(printable_lines(f"{name}{text}"), file=sys.stderr, flush=True)
+
+    outcome = run_batch(batch, bars=bars, print_line=print_line, stopping=stop)
+    print(printable_lines(_summary(outcome, batch.folder, name, options.dry_run)))
     if outcome.interrupted:
         return 128 + stop.signal
     return 1 if outcome.failures or outcome.others_failed or outcome.ended else 0

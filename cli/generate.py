@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from ..pipelines.session import Result
 
 
-# With these, the same picture is to come about in another way.
-OTHER_MEANS = {"device", "cpu_offload"}
-
-
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
@@ -50,7 +46,10 @@ def run(options: argparse.Namespace) -> int:
     from ..pipelines import save
     from ..pipelines.errors import NotWritten
     from ..pipelines.generate import generate
+    from ..pipelines.job import is_another
+    from ..pipelines.printable import printable, printable_lines
     from ..pipelines.provenance import compare_pixels
+    from ..pipelines.recorded import Original
 
     record = save.read_record(Path(options.source)) if options.source else None
     changes, job = _job(options, record)
@@ -61,12 +60,13 @@ def run(options: argparse.Namespace) -> int:
     quieten(progress)
 
     def say(text: str) -> None:
-        print(f"attnswap: {text}", file=sys.stderr)
+        print(f"attnswap: {printable(text)}", file=sys.stderr)
 
-    result = generate(job, like=record, progress=progress, say=say)
+    like = Original(Path(options.source), record, changes) if record else None
+    result = generate(job, like=like, progress=progress, say=say)
     to = sys.stderr if options.report == "-" else sys.stdout
-    print(_summary(result), file=to)
-    if options.source and result.job.output and not changes.keys() - OTHER_MEANS:
+    print(printable_lines(_summary(result)), file=to)
+    if record and result.job.output and not is_another(record, changes):
         print(compare_pixels(result.job.output, Path(options.source)), file=to)
     if options.report == "-":
         print(json.dumps(_report(result), indent=2, ensure_ascii=False))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..accel import rehearsal
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int, int]
 
-#: Tokens of CLIP's text encoders, which Stable Diffusion pads every prompt to.
+#: Tokens of the published CLIP text encoders, which Stable Diffusion pads every prompt to.
 CLIP_TOKENS = 77
 LONGEST_TEXT = 512
 
@@ -41,13 +43,26 @@ def grid_of(pipe: Any, width: int, height: int, frames: int | None) -> Grid:
 
 def text_tokens(pipe: Any, preset: Preset) -> int:
     """Of a prompt, at the longest that the pipeline makes it."""
-    if getattr(pipe, "unet", None):
-        return CLIP_TOKENS
     accepted = inspect.signature(pipe.__call__).parameters
     usual = accepted["max_sequence_length"].default if "max_sequence_length" in accepted else None
-    longest = preset.max_sequence_length or usual or getattr(pipe, "tokenizer_max_length", None) or LONGEST_TEXT
+    longest = preset.max_sequence_length or usual or getattr(pipe, "tokenizer_max_length", None)
+    if longest is None:
+        longest = _clip_tokens(pipe) if getattr(pipe, "unet", None) else LONGEST_TEXT
     # Stable Diffusion 3 puts the text of its two kinds of encoders one after the other.
-    return int(longest) + (CLIP_TOKENS if hasattr(pipe, "text_encoder_3") else 0)
+    return int(longest) + (_clip_tokens(pipe) if hasattr(pipe, "text_encoder_3") else 0)
+
+
+def _clip_tokens(pipe: Any) -> int:
+    """What the tokenizer of `pipe` pads to, or that in its folder where `pipe` is without."""
+    longest = getattr(getattr(pipe, "tokenizer", None), "model_max_length", None)
+    if longest is None:
+        try:
+            file = Path(pipe.config._name_or_path) / "tokenizer" / "tokenizer_config.json"
+            longest = json.loads(file.read_text(encoding="utf-8")).get("model_max_length")
+        except (OSError, ValueError, AttributeError, TypeError):  # no such file, or not as it should be
+            pass
+    # A tokenizer that knows of no end has a number of thirty digits.
+    return longest if isinstance(longest, int) and 0 < longest <= LONGEST_TEXT else CLIP_TOKENS
 
 
 def arguments_of(pipe: Any, preset: Preset, *, width: int, height: int, frames: int | None) -> dict[str, Any]:

@@ -9,9 +9,8 @@ import dataclasses
 import datetime
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from . import load, provenance, run, save, task, video_writer
+from . import load, provenance, recorded, run, save, task, video_writer
 from .job import Job
 from .session import Result, Session
 
@@ -21,14 +20,14 @@ __all__ = ["Result", "generate"]
 def generate(
     job: Job,
     *,
-    like: dict[str, Any] | None = None,
+    like: recorded.Original | None = None,
     progress: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Result:
     """Makes the picture or clip and writes it to `job.output`.
 
     Args:
-        like: the record of one that is to be made again; what is otherwise here and now is said.
+        like: one that is to be made again; what it asks for, and what is otherwise here and now, is said.
         progress: draw a bar.
         say: is told each notice as it comes up.
 
@@ -39,14 +38,19 @@ def generate(
     if job.output is not None:
         save.check_writable(job.output, ".png", *video_writer.KINDS)
     task.check(job)  # a wrong setting is said before the model is read
-    model = load.find(job.model, variant=job.variant)
+    if like is None:
+        model = load.find(job.model, variant=job.variant)
+    else:
+        job, model, asks = recorded.find(job, like)
+        if asks:
+            say(asks)
     if job.output is None and job.frames_dir is None:
         name = f"attnswap-{datetime.datetime.now():%Y%m%d-%H%M%S}-{job.seed}{task.extension(model)}"
         job = dataclasses.replace(job, output=Path(name))
     task.check_output(job, model)
     with Session(job, model=model) as session:
         planned = session.plan(job)
-        for difference in provenance.differences(like, planned.record) if like else ():
+        for difference in provenance.differences(like.record, planned.record) if like else ():
             say(f"not as it was made: {difference}.")
         bar = run.Progress(planned.stages, progress)
         try:

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from . import clip
 from .errors import BadInput
 from .job import MAX_SIDE, Job
+from .names import expanded
 
 PICTURES = ("PNG", "JPEG", "WEBP")
 # Pipelines that make nothing without a picture, though the calls of most have a default for it.
@@ -42,6 +43,18 @@ def size_of(path: Path) -> tuple[int, int]:
     with _opened(path) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS else (width, height)
+
+
+def check_file(path: Path) -> Path:
+    """`path` without "~".
+
+    Raises:
+        BadInput: reading it might never come to an end.
+    """
+    file = expanded(path)
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise BadInput(f"--image {path} is no file but a pipe or a device.")
+    return file
 
 
 def taker(job: Job, pipe: Any) -> Any:
@@ -143,10 +156,11 @@ def _own_size(pipe: Any, width: int, height: int) -> tuple[int, int] | None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
+    file = check_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path.expanduser(), formats=PICTURES) as image:
+            with Image.open(file, formats=PICTURES) as image:
                 yield image
     except FileNotFoundError:
         raise BadInput(f"--image {path}: there is no such file.") from None

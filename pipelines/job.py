@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -50,10 +51,13 @@ ADDED: dict[str, tuple[tuple[type, ...], Any]] = {
     "batch": ((dict, type(None)), None),
 }
 # Where one of these changes, what the preset filled in for the old one no longer holds.
-RESOLVES = ("model", "width", "height", "frames", "steps", "route", "image")
+RESOLVES = ("model", "width", "height", "frames", "window", "steps", "route", "image")
 OPEN = ("width", "height", "steps", "guidance")
 # What is each picture's own where several share a call.
 _OWN = ("prompt", "negative", "seed")
+# Records of more are none of ours: they would make this machine paint them all.
+MAX_COMPANY = 1024
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -162,8 +166,8 @@ def from_record(record: dict[str, Any]) -> dict[str, Any]:
 def again(record: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `Job` that makes a recorded picture again, with `changes` (the settings of methods are merged).
 
-    Another model, size, number of steps or route is filled in anew from what was asked for; otherwise nothing moves but
-    the changes. Strengths stay with their route.
+    Another model, size, window, number of steps or route is filled in anew from what was asked for; otherwise nothing
+    moves but the changes. Strengths stay with their route.
 
     Raises:
         BadInput: as `from_record`.
@@ -176,16 +180,31 @@ def again(record: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return (asked if anew else _changed(fields, changes)) | {"asked": _plain(asked)}
 
 
+def is_another(record: dict[str, Any], changes: Mapping[str, Any]) -> bool:
+    """Whether `changes` ask for another picture than the recorded one; a device, which no record names, does not.
+
+    Raises:
+        BadInput: as `from_record`.
+    """
+    fields = from_record(record)
+    return _differ(fields, _changed(fields, changes))
+
+
 def _changed(fields: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     changed = {**fields, **changes}
-    if changes:
-        changed["batch"] = None  # another picture has no company to keep
     if changed["route"] != fields["route"] and "strengths" not in changes:
         changed["strengths"] = None
     if "methods" in changes:
         stored = fields["methods"]
-        changed["methods"] = {name: {**stored.get(name, {}), **values} for name, values in changes["methods"].items()}
+        merged = {name: {**stored.get(name, {}), **values} for name, values in changes["methods"].items()}
+        changed["methods"] = _plain(merged)  # as they are recorded
+    if _differ(fields, changed):
+        changed["batch"] = None  # another picture has no company to keep
     return changed
+
+
+def _differ(fields: dict[str, Any], changed: dict[str, Any]) -> bool:
+    return any(changed[name] != fields[name] for name in fields)
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
@@ -214,19 +233,35 @@ def _checked(record: dict[str, Any], *, resolved: bool) -> dict[str, Any]:
         fields["image"] = Path(fields["image"])
     try:
         fields["loras"] = tuple(Lora(**lora) for lora in fields["loras"])
-        fields["batch"] = fields["batch"] and _companions(**fields["batch"])
+        if fields["batch"] is not None:
+            fields["batch"] = _companions(fields)
     except (TypeError, ValueError) as error:
         raise BadInput(f"the attnswap metadata does not say how the picture was made: {error}.") from error
     return fields
 
 
-def _companions(index: Any, of: Any) -> Companions:
+def _companions(fields: dict[str, Any]) -> Companions:
     """
     Raises:
-        TypeError, ValueError: not what `Companions.to_record` gives.
+        TypeError, ValueError: not what `Companions.to_record` gives, or not of this job.
     """
-    whole = all(isinstance(each, dict) and isinstance(each.get(name), RECORDED[name]) for each in of for name in _OWN)
-    company = tuple((each["prompt"], each.get("negative"), each["seed"]) for each in of) if whole else ()
-    if type(index) is not int or not 0 <= index < len(company):
-        raise ValueError("batch is not a list of prompts and seeds with a place in it")
+    index, of = fields["batch"].get("index"), fields["batch"].get("of")
+    if not isinstance(of, list) or not 0 < len(of) <= MAX_COMPANY or type(index) is not int:
+        raise ValueError(f"batch is not a list of 1 to {MAX_COMPANY} prompts and seeds with a place in it")
+    company = tuple(_companion(each) for each in of)
+    if not 0 <= index < len(company) or company[index] != tuple(fields[name] for name in _OWN):
+        raise ValueError("batch does not hold this prompt and seed at its place")
+    if len({negative is None for _, negative, _ in company}) > 1:
+        raise ValueError("batch has a negative prompt for some alone")
+    if fields["route"] != "direct" or fields["image"] is not None:
+        raise ValueError("batch goes neither by a route nor from an image")
     return Companions(index, company)
+
+
+def _companion(each: Any) -> tuple[str, str | None, int]:
+    prompt, negative, seed = (each.get(name) for name in _OWN) if isinstance(each, dict) else (None, None, None)
+    texts = [text for text in (prompt, negative) if text is not None]
+    whole = isinstance(prompt, str) and all(isinstance(text, str) and not SURROGATE.search(text) for text in texts)
+    if not whole or type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError("batch has what is no prompt or seed")
+    return prompt, negative, seed  # type: ignore[return-value]

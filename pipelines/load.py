@@ -12,7 +12,7 @@ import torch
 
 from ..accel.errors import UnsupportedModel
 from .errors import BadInput, JobFailed, near
-from .names import DENOISERS, HUB_ID, PICKLES
+from .names import DENOISERS, HUB_ID, PICKLES, expanded
 
 BUNDLED = Path(__file__).parent / "bundled"
 DTYPES = {
@@ -50,17 +50,17 @@ def bundled() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(BUNDLED.glob("*/model_index.json"))}
 
 
-def find(name: str, *, variant: str | None = None, weights: bool = True) -> Model:
+def find(name: str, *, variant: str | None = None, weights: bool = True, ask: bool = True) -> Model:
     """Finds a bundled model, a local folder or a Hub id, in this order, and checks that it can be used.
 
     Only a Hub id may cause a request: for what is not here yet, and whether it has changed. With HF_HUB_OFFLINE set,
-    none does. `weights=False` asks the Hub for the configuration files alone.
+    none does. `weights=False` asks the Hub for the configuration files alone, `ask=False` for nothing.
 
     Raises:
         BadInput: there is no such model, or its weights are pickles.
         UnsupportedModel: a folder without a pipeline, or a pipeline without a denoiser; the message says what it has.
     """
-    folder = bundled().get(name) or _local(name) or _from_hub(name, variant, weights)
+    folder = bundled().get(name) or _local(name) or _from_hub(name, variant, weights, ask)
     model = _read(name, folder)
     if weights:
         _refuse_pickles(model)
@@ -121,7 +121,7 @@ def pick_dtype(name: str, device: torch.device, model: Model) -> torch.dtype:
 
 
 def _local(name: str) -> Path | None:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix.lower() in PICKLES:
         raise BadInput(
             f"{name} is a pickle checkpoint, which can run code when it is opened; only safetensors are read."
@@ -143,17 +143,24 @@ def _local(name: str) -> Path | None:
     raise BadInput(f"no model {name}: neither bundled nor a folder.{hint}")
 
 
-def _from_hub(name: str, variant: str | None, weights: bool) -> Path:
+def _from_hub(name: str, variant: str | None, weights: bool, ask: bool) -> Path:
     from diffusers import DiffusionPipeline
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 
+    from ..accel.methods.checkpoints import in_cache
+
+    if not ask and in_cache(name, "model_index.json") is None:
+        where = "neither a folder here nor in the Hub's cache"
+        raise BadInput(f"no model {name}: {where}; only --model {name} downloads it.")
     try:
+        offline = constants.HF_HUB_OFFLINE or not ask
         if not weights:
-            return Path(snapshot_download(name, allow_patterns=["*.json"]))
-        offline = constants.HF_HUB_OFFLINE
+            return Path(snapshot_download(name, allow_patterns=["*.json"], local_files_only=offline))
         return Path(DiffusionPipeline.download(name, use_safetensors=True, variant=variant, local_files_only=offline))
     except (OSError, ValueError) as error:
+        if not ask:
+            raise BadInput(f"{name} is not whole in the Hub's cache; only --model {name} downloads it.") from error
         if constants.HF_HUB_OFFLINE:
             where = "neither a folder here nor in the Hub's cache, and HF_HUB_OFFLINE is set"
             raise BadInput(f"no model {name}: {where}.{near(name, bundled())}") from error

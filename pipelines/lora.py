@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from .diffusers_log import heard_from_diffusers
 from .errors import SHOWN, BadInput, JobFailed, near
-from .names import DENOISERS, HUB_ID, PICKLES
+from .names import DENOISERS, HUB_ID, PICKLES, expanded
 
 KEYS = ("lora_id", "lora_scale", "weight_name", "adapter_name")
 # What Diffusers says of every part of a pipeline that an adapter leaves alone.
@@ -36,7 +36,7 @@ class Lora:
         if not isinstance(self.id, str) or not self.id:
             raise BadInput(f"a LoRA is a file, a folder or a Hub id, not {self.id!r}.")
         number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
-        if not number or not math.isfinite(self.scale):
+        if not number or not abs(self.scale) <= sys.float_info.max:
             raise BadInput(f"LoRA {self.id}: scale {self.scale!r} is no number.")
         if not isinstance(self.weight_name, str | None):
             raise BadInput(f"LoRA {self.id}: weight_name {self.weight_name!r} is no file name.")
@@ -67,15 +67,15 @@ def parse_lora(text: str) -> Lora:
     return Lora(given["lora_id"], given.get("lora_scale", 1.0), given.get("weight_name"))
 
 
-def lora_file(lora: Lora) -> Path:
+def lora_file(lora: Lora, *, ask: bool = True) -> Path:
     """The safetensors file of an adapter.
 
-    Only a Hub id may cause a request, and only if it is not on this machine already.
+    Only a Hub id may cause a request, and only if it is not on this machine already; with `ask=False` none does.
 
     Raises:
         BadInput: there is none, or more than one to choose from.
     """
-    path = Path(lora.id).expanduser()
+    path = expanded(lora.id)
     for name in (lora.id, lora.weight_name or ""):
         if name.lower().endswith(PICKLES):
             raise BadInput(f"LoRA {name} is a pickle, which can run code when it is opened; only safetensors are read.")
@@ -84,7 +84,7 @@ def lora_file(lora: Lora) -> Path:
     if path.is_file():
         return path
     if path.suffix != ".safetensors" and HUB_ID.fullmatch(lora.id) and not lora.id.startswith("."):
-        return _from_hub(lora)
+        return _from_hub(lora, ask)
     beside = [file.name for file in path.parent.glob("*.safetensors")] if path.parent.is_dir() else []
     raise BadInput(f"no LoRA {lora.id}: neither a file nor a folder here.{near(path.name, beside)}")
 
@@ -137,7 +137,7 @@ def _chosen(names: Sequence[str], lora: Lora) -> str:
     return files[0]
 
 
-def _from_hub(lora: Lora) -> Path:
+def _from_hub(lora: Lora, ask: bool) -> Path:
     from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.utils import httpx
@@ -146,6 +146,9 @@ def _from_hub(lora: Lora) -> Path:
         folder = Path(snapshot_download(lora.id, local_files_only=True))
         return folder / _chosen([file.relative_to(folder).as_posix() for file in folder.rglob("*")], lora)
     except (LocalEntryNotFoundError, BadInput) as error:
+        if not ask:
+            where = "neither a file or folder here nor in the Hub's cache"
+            raise BadInput(f"no LoRA {lora}: {where}; only --lora {lora.id} downloads it.") from error
         if constants.HF_HUB_OFFLINE:
             where = "neither a file or folder here nor in the Hub's cache, and HF_HUB_OFFLINE is set"
             raise BadInput(f"no LoRA {lora}: {where}.") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def check_numbers(job: Job) -> None:
     if job.steps is not None and not 0 < job.steps <= 1000:
         raise BadInput(f"steps {job.steps} is out of range: 1 to 1000.")
     for name, value in (("guidance", job.guidance), ("true-cfg", job.true_cfg)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
+        if value is not None and not 0 <= value <= sys.float_info.max:
             raise BadInput(f"{name} {value} is out of range: 0 or more.")
     if job.strength is not None and not 0 < job.strength <= 1:
         raise BadInput(f"strength {job.strength} is out of range: above 0, at most 1.")

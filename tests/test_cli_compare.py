@@ -103,6 +103,11 @@ class TestWrongUse:
         refused(attnswap("compare", "a fox", "-o", "out", "-m", tiny_sd, *flags), words)
         assert os.listdir() == []
 
+    def test_of_a_size_does_not_blame_the_methods(self, attnswap: Cli, tiny_sd: Path, no_steps: None) -> None:
+        _, _, err = attnswap("compare", "a fox", "-o", "out", "-m", tiny_sd, "--width", 65)
+        assert err.count("width 65 is not a multiple of 8") == 1
+        assert "no method applies" not in err
+
     def test_a_folder_that_holds_something_is_left_alone(self, attnswap: Cli, no_steps: None) -> None:
         Path("out").mkdir()
         Path("out/mine").write_text("")

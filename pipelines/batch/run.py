@@ -16,7 +16,7 @@ import torch
 from ...accel.errors import UnsupportedModel, WeightsError
 from .. import save
 from ..errors import BadInput, JobFailed, NotWritten
-from ..job import Job
+from ..job import MAX_COMPANY, Job
 from ..session import Result, Session
 from . import plan, results
 from .claims import Claims, Lease, alone, occupy
@@ -102,8 +102,8 @@ def run(
         BadInput, UnsupportedModel: nothing was made; the manifest is wrong, the folder in use, or the like.
         JobFailed: the model could not be loaded.
     """
-    if batch.batch_size < 1:
-        raise BadInput(f"--batch-size {batch.batch_size} is out of range: 1 or more.")
+    if not 0 < batch.batch_size <= MAX_COMPANY:
+        raise BadInput(f"--batch-size {batch.batch_size} is out of range: 1 to {MAX_COMPANY}.")
     if batch.max_failures is not None and batch.max_failures < 1:
         raise BadInput(f"--max-failures {batch.max_failures} is out of range: 1 or more.")
     plan.check_folder(batch.folder, make=False)

@@ -144,7 +144,7 @@ def test_a_method_that_cannot_do_this_size_is_said() -> None:
 @pytest.mark.parametrize(
     ("model", "size", "grid", "text"),
     [
-        ("tiny_sdxl", (128, 64, None), (1, 8, 16), 77),
+        ("tiny_sdxl", (128, 64, None), (1, 8, 16), 16),
         ("tiny_flux", (64, 32, None), (1, 8, 16), 8),
         ("tiny_wan", (32, 48, 9), (5, 6, 4), 8),
     ],
@@ -157,3 +157,24 @@ def test_the_grid_and_the_text_of_a_folder(
     pipe, preset = skeleton.skeleton_pipe(found), presets.read(folder)
     assert attention_cost.grid_of(pipe, *size) == grid
     assert attention_cost.text_tokens(pipe, preset) == text
+
+
+def test_the_text_of_stable_diffusion_is_as_long_as_its_tokenizer_makes_it() -> None:
+    model = load.find("emoji-sd")
+    preset, skeleton_pipe = presets.read(model.folder), skeleton.skeleton_pipe(model)
+    loaded = load.load(model, dtype=torch.float32)
+    loaded.register_to_config(_name_or_path="")
+    assert [attention_cost.text_tokens(pipe, preset) for pipe in (skeleton_pipe, loaded)] == [16, 16]
+
+
+@pytest.mark.parametrize("said", [None, "{}", '{"model_max_length": 1000000000000000019884624838656}', "[]", "no JSON"])
+def test_where_no_tokenizer_says_how_long_the_text_is_it_is_that_of_the_published_clip(
+    said: str | None, tmp_path: Path
+) -> None:
+    model = load.find("emoji-sd")
+    pipe = skeleton.skeleton_pipe(model)
+    pipe.register_to_config(_name_or_path=str(tmp_path))
+    if said is not None:
+        (tmp_path / "tokenizer").mkdir()
+        (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(said)
+    assert attention_cost.text_tokens(pipe, presets.read(model.folder)) == 77

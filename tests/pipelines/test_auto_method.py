@@ -76,7 +76,7 @@ def test_a_folder_that_says_less_is_adaspa_from_its_own_threshold_on(tiny_wan: P
 def test_a_run_of_one_step_is_dense() -> None:
     methods, why = choose("emoji-video", 96, 96, 65, steps=1)
     assert methods == {}
-    assert "no step of 1 is after its first search" in why
+    assert "adaspa: 0 of 1 steps would be sparse" in why
 
 
 def test_a_model_that_no_method_takes_is_left_dense_and_the_reasons_are_given(tiny_sd: Path) -> None:

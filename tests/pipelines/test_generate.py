@@ -138,6 +138,13 @@ class TestRecord:
             from_record(record)
 
 
+@pytest.mark.parametrize("field", ["guidance", "true_cfg"])
+@pytest.mark.parametrize("value", [10**400, float("inf"), float("nan"), -1], ids=["huge", "inf", "nan", "negative"])
+def test_a_scale_that_is_none_is_refused(job: Job, field: str, value: float) -> None:
+    with pytest.raises(BadInput, match=f"{field.replace('_', '-')} .*is out of range"):
+        generate(dataclasses.replace(job, **{field: value}))
+
+
 class TestFailure:
     def test_not_a_number_in_the_latents_stops_at_that_step(self, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
         from diffusers import UNet2DConditionModel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,8 @@ class TestPicture:
             ({"image": Path("nowhere.png")}, "--image nowhere.png: there is no such file"),
             ({"image": Path(__file__)}, "test_image_input.py is no PNG, JPEG or WebP"),
             ({"image": Path(__file__).parent}, "cannot be read: Is a directory"),
+            ({"image": Path("~nobodyxyz/x.png")}, "~nobodyxyz/x.png cannot be looked up: Could not determine home"),
+            ({"image": Path("a" * 5000)}, "cannot be looked up: File name too long"),
         ],
     )
     def test_that_cannot_be_is_refused(self, job: Job, changes: dict[str, Any], says: str) -> None:
@@ -140,6 +143,13 @@ class TestPicture:
             generate(dataclasses.replace(job, **changes))
         assert job.output is not None
         assert not job.output.exists()
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+    def test_that_never_comes_to_an_end_is_refused(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.png")
+        for path in (tmp_path / "a.png", Path("/dev/zero")):
+            with pytest.raises(BadInput, match=f"--image {path} is no file but a pipe or a device"):
+                image_input.size_of(path)
 
     def test_that_is_cut_off_is_refused(self, job: Job, picture_of: PictureOf) -> None:
         path = picture_of(300, 300)

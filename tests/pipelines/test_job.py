@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from attnswap.pipelines.errors import BadInput
-from attnswap.pipelines.job import ADDED, Job, again, from_record
+from attnswap.pipelines.job import ADDED, Companions, Job, again, from_record, is_another
 
 ASKED = Job(prompt="a fox", output=Path(), width=128, height=128, route="ladder", methods={"hidiffusion": {"t2": 0.1}})
 
@@ -70,6 +70,11 @@ class TestFilledInAnew:
         fields = again(record, {"width": 256})
         assert (fields["steps"], fields["width"], fields["asked"]) == (12, 256, None)
 
+    def test_with_another_window_the_overlap(self, record: dict[str, Any]) -> None:
+        clip = record | {"route": "windows", "strengths": None, "frames": 17, "window": 9, "overlap": 4}
+        assert again(clip, {"window": 5})["overlap"] is None
+        assert again(clip, {"window": 9})["overlap"] == 4
+
 
 class TestStrengthsThatWereAskedFor:
     @pytest.fixture(params=[True, False], ids=["known", "of an earlier version"])
@@ -88,6 +93,86 @@ class TestStrengthsThatWereAskedFor:
 
     def test_give_way_to_others(self, asked: dict[str, Any]) -> None:
         assert again(asked, {"route": "superres", "strengths": (0.3,)})["strengths"] == (0.3,)
+
+
+class TestCompanions:
+    COMPANY = (("a fox", None, 0), ("a dog", None, 7))
+
+    @pytest.fixture
+    def record(self, record: dict[str, Any]) -> dict[str, Any]:
+        batch = Companions(0, self.COMPANY).to_record()
+        return record | {"route": "direct", "strengths": None, "batch": batch}
+
+    @pytest.mark.parametrize(
+        "same",
+        [
+            {},
+            {"device": "cpu"},
+            {"cpu_offload": "model"},
+            {"seed": 0},
+            {"prompt": "a fox", "width": 128},
+            {"methods": {"hidiffusion": {"t1": 1.0}}},
+        ],
+    )
+    def test_are_kept_by_the_same_picture(self, record: dict[str, Any], same: dict[str, Any]) -> None:
+        assert again(record, same)["batch"] == Companions(0, self.COMPANY)
+        assert not is_another(record, same)
+
+    @pytest.mark.parametrize("change", [{"seed": 1}, {"device": "cpu", "steps": 4}, {"methods": {}}])
+    def test_are_not_kept_by_another(self, record: dict[str, Any], change: dict[str, Any]) -> None:
+        assert again(record, change)["batch"] is None
+        assert is_another(record, change)
+
+    def test_settings_that_are_repeated_are_no_change(self, record: dict[str, Any]) -> None:
+        record["methods"] = {"hidiffusion": {"windows": [4, 4]}}
+        assert not is_another(record, {"methods": {"hidiffusion": {"windows": (4, 4)}}})
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"seed": True},
+            {"seed": -1},
+            {"seed": 2**63},
+            {"seed": None},
+            {"prompt": "half of a pair: \ud800"},
+            {"prompt": None},
+            {"negative": 5},
+            {"negative": "for one alone"},
+        ],
+    )
+    def test_written_by_anybody_are_checked(self, record: dict[str, Any], other: dict[str, Any]) -> None:
+        record["batch"]["of"][1] |= other
+        with pytest.raises(BadInput, match=r"metadata does not say how .*: batch has"):
+            from_record(record)
+
+    @pytest.mark.parametrize(
+        "batch",
+        [
+            {},
+            {"index": True},
+            {"index": 2},
+            {"index": -2},
+            {"index": 1},  # the place of another prompt
+            {"of": []},
+            {"of": "ab"},
+            {"of": [1, 2]},
+            {"of": [{"prompt": "a fox", "negative": None, "seed": 0}] * 1025},
+        ],
+    )
+    def test_are_a_list_with_the_pictures_own_place(self, record: dict[str, Any], batch: dict[str, Any]) -> None:
+        record["batch"] = record["batch"] | batch if batch else {}
+        with pytest.raises(BadInput, match=r"metadata does not say how .*: batch"):
+            from_record(record)
+
+    @pytest.mark.parametrize("other", [{"route": "ladder"}, {"route": "superres"}, {"image": "a.png"}])
+    def test_go_neither_by_routes_nor_from_images(self, record: dict[str, Any], other: dict[str, Any]) -> None:
+        with pytest.raises(BadInput, match="batch goes neither by a route nor from an image"):
+            from_record(record | other)
+
+    def test_may_all_have_a_negative_prompt(self, record: dict[str, Any]) -> None:
+        company = (("a dog", "", 1), ("a fox", "blurry", 0))
+        record |= {"negative": "blurry", "batch": Companions(1, company).to_record()}
+        assert from_record(record)["batch"] == Companions(1, company)
 
 
 class TestRecord:
@@ -111,6 +196,7 @@ class TestRecord:
             ("low_memory", "yes"),
             ("asked", []),
             ("asked", {"prompt": 1}),
+            ("loras", [{"id": 1}]),
         ],
     )
     def test_written_by_anybody_is_checked(self, record: dict[str, Any], field: str, value: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,20 @@ def as_pickle(file: Path, name: str) -> None:
     torch.save({}, file.with_name(name))
 
 
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub could be asked; the test fails if it is."""
+    import socket
+
+    from huggingface_hub import constants
+
+    def request(*_: object, **__: object) -> None:
+        pytest.fail("something went out")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", request)
+    monkeypatch.setattr(socket, "getaddrinfo", request)
+
+
 class TestFind:
     def test_a_bundled_model_by_name(self, bundled_fake: str, tiny_sd: Path) -> None:
         assert load.find(bundled_fake).folder == tiny_sd
@@ -35,6 +50,28 @@ class TestFind:
         monkeypatch.setenv("HOME", str(tiny_sd.parent))
         monkeypatch.setenv("USERPROFILE", str(tiny_sd.parent))
         assert load.find(f"~/{tiny_sd.name}").folder == tiny_sd
+
+    @pytest.mark.parametrize("name", ["~nobodyxyz/x", "a" * 5000], ids=["nobody's home", "too long"])
+    def test_a_name_that_no_folder_can_have_is_one_short_line(self, name: str) -> None:
+        with pytest.raises(BadInput, match="cannot be looked up") as refusal:
+            load.find(name)
+        assert len(str(refusal.value)) < 200
+
+    def test_nobody_is_asked_for_what_is_not_here_unless_that_is_meant(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        online(monkeypatch)
+        for name in ("nobody/fox", "--nobody/fox"):  # the Hub has no names like the second
+            with pytest.raises(BadInput, match=f"no model {name}: .* only --model {name} downloads it"):
+                load.find(name, ask=False)
+
+    def test_what_is_in_the_hubs_cache_is_taken_unasked(
+        self, tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        repository = tmp_path / "models--nobody--fox"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("f" * 40)
+        shutil.copytree(tiny_sd, repository / "snapshots" / ("f" * 40))
+        assert load.find("nobody/fox", ask=False).pipeline == "StableDiffusionPipeline"
 
     def test_a_local_model_causes_no_request(self, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import socket

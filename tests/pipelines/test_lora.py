@@ -68,6 +68,7 @@ class TestLoraText:
             ('{"lora_id": "fox", "scale": 1}', r"no key scale\. Did you mean lora_scale\?"),
             ('{"lora_id": 3}', "not 3"),
             ('{"lora_id": "fox", "lora_scale": NaN}', "scale nan is no number"),
+            (f'{{"lora_id": "fox", "lora_scale": 1{"0" * 400}}}', "scale 10+ is no number"),
             ('{"lora_id": "fox", "lora_scale": "much"}', "scale 'much' is no number"),
             ('{"lora_id": "fox", "lora_scale": true}', "scale True is no number"),
             ('{"lora_id": "fox", "weight_name": 1}', "weight_name 1 is no file name"),
@@ -107,6 +108,23 @@ class TestLoraFile:
         for lora in (Lora(str(folder / name)), Lora(str(folder)), Lora(str(folder), 1.0, name)):
             with pytest.raises(BadInput, match=f"pickle.*{name}|{name} is a pickle"):
                 lora_file(lora)
+
+    @pytest.mark.parametrize("name", ["~nobodyxyz/x", "a" * 5000], ids=["nobody's home", "too long"])
+    def test_has_a_name_that_files_can_have(self, name: str) -> None:
+        with pytest.raises(BadInput, match="cannot be looked up"):
+            lora_file(Lora(name))
+
+    def test_is_not_downloaded_unless_that_is_meant(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from huggingface_hub import constants
+
+        def request(*_: object, **__: object) -> None:
+            pytest.fail("something went out")
+
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("socket.socket.connect", request)
+        monkeypatch.setattr("socket.getaddrinfo", request)
+        with pytest.raises(BadInput, match=r"no LoRA nobody/fox: .* only --lora nobody/fox downloads it"):
+            lora_file(Lora("nobody/fox"), ask=False)
 
     def test_that_is_not_there(self, folder: Path) -> None:
         (folder / "fox.safetensors").touch()
