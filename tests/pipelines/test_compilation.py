@@ -55,8 +55,7 @@ class TestCompilation:
     def test_needs_a_compiler(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         builder = importlib.import_module("torch._inductor.cpp_builder")
         cpu = torch.device("cpu")
-        with monkeypatch.context() as patch:
-            patch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "no-such-compiler"),))
+        with torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)}):
             getattr(builder.cpp_compiler_search, "cache_clear", lambda: None)()
             with pytest.raises(BadInput, match=r"--compile needs a C\+\+ compiler such as g\+\+"):
                 compilation.check_compiler(cpu)
