@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,9 @@ from .report import Details, LayerPlan, LayerRecord, PlannedCall, Recorder
 ATTRIBUTE = "_attnswap"
 
 
+#: By method that is to stay out of a call, why. It is given where tokens lie, the arguments, and the steps of the run.
+Gate = Callable[[Mapping[str, Place], Mapping[str, Any], int | None], Mapping[str, str]]
+
 #: What a report calls an installation without a method.
 DENSE = "dense attention"
 
@@ -37,7 +40,7 @@ class Installation:
         clock: shared by the denoisers of a pipeline.
         pipeline: the pipeline that was enabled, if it was one.
         entry: the module a pipeline calls, where that is a compiled wrapper of `model`.
-        least: by method, tokens in its largest attention below which a call runs dense.
+        gate: what leaves methods out of single calls.
     """
 
     def __init__(
@@ -48,7 +51,7 @@ class Installation:
         *,
         pipeline: Any = None,
         entry: nn.Module | None = None,
-        least: Mapping[str, int] | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.model = model
         self.family = family_of(model)
@@ -61,11 +64,13 @@ class Installation:
         self.strategies: list[Strategy] = [
             STRATEGIES[config.name](config, model, self.family, self.context, pipeline) for config in configs
         ]
+        #: By layer, the methods that select it: who comes first has it in the calls in which it acts.
+        self._claims: dict[str, list[Strategy]] = {}
         self.slots = self._plan(attention_layers(model))
         self._places = self.family.places(model)
         self._pipeline = pipeline
         self._entry = entry
-        self._least = dict(least or {})
+        self._gate = gate
         self._observer: Observer | None = None
         self._passive = False
 
@@ -143,10 +148,13 @@ class Installation:
         for strategy in self.strategies:
             for name, reason in strategy.select(layers).items():
                 module = layers[name]
-                if name in slots and slots[name].strategy.gives_way_to(strategy):
-                    reason = f"{reason}, in place of {slots[name].strategy.config.name}"
-                elif name in slots:
+                claims = self._claims.setdefault(name, [])
+                if claims and not claims[0].gives_way_to(strategy):
+                    claims.append(strategy)
                     continue
+                if claims:
+                    reason = f"{reason}, in place of {claims[0].config.name}"
+                claims.insert(0, strategy)
                 if isinstance(module.processor, nn.Module):
                     reasons[name] = f"{type(module.processor).__name__} holds weights and is kept"
                 else:
@@ -156,12 +164,18 @@ class Installation:
                     if not strategy.wraps and not self.family.exchangeable(original):
                         kept.add(name)
                         reasons[name] = f"{type(original).__name__} computes its own attention and is kept"
-        for strategy in self.strategies:
-            strategy.layers = frozenset(name for name, slot in slots.items() if slot.strategy is strategy)
+        self._hand_out(slots, self.strategies)
         for name in layers:
             reason = reasons.get(name) or "; ".join(dict.fromkeys(s.why_not(name) for s in self.strategies))
             self.recorder.layers[name] = LayerRecord(LayerPlan(name, name in slots and name not in kept, reason))
         return slots
+
+    def _hand_out(self, slots: Mapping[str, Slot], at_work: Collection[Strategy]) -> None:
+        """Give each layer to the first of the methods at work that selects it."""
+        for name, slot in slots.items():
+            slot.strategy = next((strategy for strategy in self._claims[name] if strategy in at_work), slot.strategy)
+        for strategy in self.strategies:
+            strategy.layers = frozenset(name for name, slot in slots.items() if slot.strategy is strategy)
 
     def _seen_through(self, processor: Any) -> Any:
         """The original a processor of ours stands for, or else the processor itself."""
@@ -208,22 +222,21 @@ class Installation:
             layout.place, layout.plan = places.get(name, Place()), None
             if name in self.slots:
                 layout.backend = chosen_backend(self.slots[name].original)
+        at_work = self._at_work(call, places)
+        self._hand_out(self.slots, at_work)
         # Those that change the size of the maps come first, so that the others plan for what will be there.
-        for strategy in sorted(self._at_work(places), key=lambda strategy: not strategy.resizes):
+        for strategy in sorted(at_work, key=lambda strategy: not strategy.resizes):
             strategy.begin(call, layouts)
 
-    def _at_work(self, places: Mapping[str, Place]) -> list[Strategy]:
-        """The methods that are to act in a call with tokens at these places: not those that it is too small for."""
-        longest = max((places[name].tokens for name in self.slots if name in places), default=0)
-        chosen = []
+    def _at_work(self, call: Call, places: Mapping[str, Place]) -> list[Strategy]:
+        """The methods that are to act in a call: not those that it is too small for."""
+        if self._gate is None or not places:
+            return self.strategies
+        left_out = self._gate(places, call.arguments, self.context.clock.steps)
         for strategy in self.strategies:
-            least = self._least.get(strategy.config.name, 0)
-            if longest and longest < least:
-                name = strategy.config.name
-                self.recorder.note(f"a call over {longest:,} tokens ran without {name}, which acts from {least:,} on")
-            else:
-                chosen.append(strategy)
-        return chosen
+            if reason := left_out.get(strategy.config.name):
+                self.recorder.note(f"a call ran without {strategy.config.name}: {reason}")
+        return [strategy for strategy in self.strategies if strategy.config.name not in left_out]
 
     def _block_of(self, layer: str) -> nn.Module:
         return self.model.get_submodule(layer.rpartition(".")[0])

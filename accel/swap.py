@@ -183,7 +183,7 @@ def _planned(target: Any, method: Method) -> tuple[list[Installation], Clock]:
             clock,
             pipeline=pipeline,
             entry=None if entry is model else entry,
-            least=choice.least,
+            gate=choice.gate,
         )
         for model, entry in denoisers
     ]

@@ -4,8 +4,9 @@
 
 Calls without and with a method take turns. On a CPU, what counts is the time that this process had of it, so that it
 does not matter what else the machine is doing, and of several calls the fastest. AdaSpa is dense at first and searches,
-so that what counts is a run: of each of its kinds of call one is timed, and their times are added up as a published run
-of 50 steps has them. `accel/auto.py` holds what was found.
+so that what counts is a run: of each of its kinds of call one is timed, and their times are added up as a run has them,
+of the 50 steps that were published and of 4. CLEAR is timed with little text and with the 512 tokens that FLUX gets by
+default. `accel/auto.py` holds what was found.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from .registry import Inputs
 from .timing import Clock, CudaClock
 
 ROUNDS = 9
-#: That the published search steps are for.
-STEPS = 50
+#: That the published search steps are for, and of a distilled model.
+STEPS, FEW_STEPS = 50, 4
 WITHOUT, CALL = "without", "a call"
 FIRST, SPARSE, AGAIN = "dense with the first search", "sparse", "sparse with a later search"
 
@@ -55,12 +56,16 @@ class Probe:
     Attributes:
         sizes: in pixels a side, and frames of clips; they grow.
         beside: a method that acts with it, against which it is measured in place of dense attention.
+        text: tokens of it; those of the model's preset without.
+        steps: of a run, of which AdaSpa's calls are counted.
     """
 
     model: str
     config: Config
     sizes: tuple[tuple[int, int | None], ...]
     beside: Config | None = None
+    text: int | None = None
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
@@ -71,9 +76,12 @@ PROBES = (
     Probe("emoji-sd", LinFusion(), ((64, None), (96, None), (128, None), (192, None))),
     Probe("emoji-sd", LinFusion(), ((96, None), (128, None), (192, None), (256, None)), HiDiffusion(t1=1.0)),
     Probe("emoji-flux", Clear(radius=3, weights="emoji-flux"), ((128, None), (192, None), (256, None))),
+    Probe("emoji-flux", Clear(radius=3, weights="emoji-flux"), ((128, None), (192, None), (256, None)), text=512),
     # The published radius, with the model's own weights: the time is the same.
-    Probe("emoji-flux", Clear(radius=16), ((256, None), (384, None), (512, None))),
+    Probe("emoji-flux", Clear(radius=16), ((256, None), (320, None), (384, None))),
+    Probe("emoji-flux", Clear(radius=16), ((320, None), (384, None), (448, None)), text=512),
     Probe("emoji-video", AdaSpa(min_tokens=0), ((96, 1), (96, 5), (96, 9), (96, 17))),
+    Probe("emoji-video", AdaSpa(min_tokens=0), ((96, 9), (96, 17), (96, 25)), steps=FEW_STEPS),
 )
 
 
@@ -116,13 +124,18 @@ def measure(probe: Probe, *, device: torch.device, rounds: int = ROUNDS, say: Ca
     points: list[dict[str, Any]] = []
     for side, frames in probe.sizes:
         arguments = pipeline_arguments(pipe, preset, Size("", side, side, frames), preset.steps or STEPS)
+        if probe.text is not None:
+            arguments["max_sequence_length"] = probe.text
         inputs = calls_at(pipe, arguments, 0, {1})[1]
-        tokens = _tokens(denoiser, inputs)
+        size = _size(denoiser, inputs)
+        # As `auto` counts them for a method.
+        tokens = auto.tokens_for(probe.name, size)
         times = _times(denoiser, probe, inputs, clock, rounds)
-        without_ms, with_ms = _of_a_run(probe.config, times)
+        without_ms, with_ms = _of_a_run(probe, times)
         points.append(
             {
                 "tokens": tokens,
+                "text": size.text,
                 "side": side,
                 "frames": frames,
                 "without_ms": without_ms,
@@ -137,15 +150,15 @@ def measure(probe: Probe, *, device: torch.device, rounds: int = ROUNDS, say: Ca
         "model": probe.model,
         "config": probe.config.to_dict(),
         "beside": probe.beside and probe.beside.to_dict(),
-        "compared": f"a run of {STEPS} steps" if isinstance(probe.config, AdaSpa) else "a denoiser call",
+        "compared": f"a run of {probe.steps} steps" if isinstance(probe.config, AdaSpa) else "a denoiser call",
+        "rounds": rounds,
         "points": points,
         "break_even": crossing([(point["tokens"], point["speed_up"]) for point in points]),
     }
 
 
-def _tokens(denoiser: Any, inputs: Inputs) -> int:
-    """Of the longest sequence that attention sees."""
-    return auto.size_of(denoiser, Call.of(denoiser, inputs["positional"], inputs["named"]).arguments).tokens
+def _size(denoiser: Any, inputs: Inputs) -> auto.Size:
+    return auto.size_of(denoiser, Call.of(denoiser, inputs["positional"], inputs["named"]).arguments)
 
 
 def _times(denoiser: Any, probe: Probe, inputs: Inputs, clock: Clock, rounds: int) -> dict[str, float]:
@@ -177,15 +190,15 @@ def _at(inputs: Inputs, timestep: torch.Tensor) -> Inputs:
     return {**inputs, "named": {**inputs["named"], "timestep": timestep.to(given.device).expand(given.shape)}}
 
 
-def _of_a_run(config: Config, times: dict[str, float]) -> tuple[float, float]:
-    """Milliseconds without the method and with it, in a run of `STEPS` steps or in one call."""
-    dense = times[WITHOUT]
-    if not isinstance(config, AdaSpa):
+def _of_a_run(probe: Probe, times: dict[str, float]) -> tuple[float, float]:
+    """Milliseconds without the method and with it, in a run or in one call."""
+    dense, steps = times[WITHOUT], probe.steps
+    if not isinstance(probe.config, AdaSpa):
         return dense, times[CALL]
-    first, *later = steps_of_run(config.search_steps, STEPS)
-    sparse = STEPS - first - len(later)
+    first, *later = steps_of_run(probe.config.search_steps, steps)
+    sparse = steps - first - len(later)
     whole = (first - 1) * dense + times[FIRST] + len(later) * times[AGAIN] + sparse * times[SPARSE]
-    return STEPS * dense, whole
+    return steps * dense, whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,17 +210,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed at each size (default: %(default)s)")
     options = parser.parse_args(arguments)
     device = load.pick_device(options.device)
-    result = {
+    result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": machine.describe_device(device),
         "versions": machine.versions(),
         "commit": machine.commit(),
-        "rounds": options.rounds,
         "methods": [measure(probe, device=device, rounds=options.rounds, say=print) for probe in PROBES],
     }
     options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for entry in result["methods"]:
-        print(f"{entry['method']} on {entry['model']}: {entry['break_even']} tokens")
+        what = f"{entry['method']} on {entry['model']}, {entry['compared']}"
+        print(f"{what}, {entry['points'][0]['text']} text tokens: {entry['break_even']} tokens")
     return 0
 
 

@@ -84,7 +84,7 @@ class Comparison:
         date: and time, in ISO 8601.
         settings: by the name of the variant, all settings of its methods, those that nobody named included.
         notes: what is to be known of the figures.
-        warmed: every variant had a run before, which is not counted.
+        warm_up_steps: that every variant ran before, which are not counted.
     """
 
     shots: tuple[Shot, ...]
@@ -98,7 +98,7 @@ class Comparison:
     date: str = ""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    warmed: bool = False
+    warm_up_steps: int = 0
     outcomes: dict[tuple[int, str], Outcome] = field(default_factory=dict)
 
     @property
@@ -161,7 +161,7 @@ class Comparison:
             "about": self.about,
             "made_with": self.record,
             "notes": self.notes,
-            "warmed": self.warmed,
+            "warm_up_steps": self.warm_up_steps,
             "interrupted": self.interrupted,
             "variants": [
                 {

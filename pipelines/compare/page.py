@@ -175,7 +175,7 @@ def _how(comparison: Comparison, stitched: str | None, embedded: bool) -> str:
     settings = f"<dt>date</dt><dd>{escape(comparison.date)}</dd>"
     versions = comparison.record.get("versions", {})
     settings += "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(version))}</dd>" for name, version in versions.items())
-    notes = [f"{variant.name}: {note}" for variant in comparison.variants for note in comparison.notes_of(variant)]
+    notes = [note for variant in comparison.variants for note in text.notes_of(comparison, variant, variant.name)]
     if comparison.frames:
         beside = "sheet.png has the middle frames side by side" + (f", {stitched} the clips" if stitched else "")
     else:

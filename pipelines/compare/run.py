@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,9 +20,11 @@ from ..task import Task
 from . import files, text
 from .figures import Comparison, Outcome, Shot
 from .studio import Bar, Studio
-from .variants import Variant
+from .variants import DENSE, Variant
 
 WORK = ".work"
+# Of each variant before any run that counts, on a CPU: what a process does only once is to be on nobody's account.
+WARM_UP_STEPS = 2
 # What belongs to a picture and not to the whole.
 OWN = ("prompt", "seed", "asked", "methods", "batch", "remarks")
 
@@ -63,15 +66,13 @@ def compare(
         settings.build({name: values for name, values in variant.methods.items() if name != settings.AUTO})
     with Session(job) as session:
         studio = Studio(session, job, folder, folder / WORK)
+        dense = studio.plan(DENSE)
         notes = []
         if not variants:
             variants, said = applicable(studio)
             notes.append(said)
-        dense, plans = studio.plans(variants)
-        # Kernels are compiled in a first run. On a CPU it took 0 to 8 % longer than the median of the next five, with
-        # the bundled models.
-        warmed = session.device.type != "cpu" or job.compile
-        comparison = _comparison(dense, plans, shots, command, notes, warmed)
+        plans = studio.plans(dense, variants)
+        comparison = _comparison(dense, plans, shots, command, notes, _warm_up_steps(dense, session))
         bar = Bar(len(shots) * len(plans), dense.stages, progress)
         try:
             with _said_in_a_line(folder):
@@ -146,12 +147,17 @@ def applicable(studio: Studio) -> tuple[list[Variant], str]:
 
 def _run(studio: Studio, comparison: Comparison, plans: dict[Variant, Task | str], bar: Bar, say: Say) -> None:
     shots, variants = comparison.shots, comparison.variants
-    # In turn, so that a machine that slows down does so for all; but a compiled model is compiled again whenever its
-    # method changes.
-    order = [(shot, variant) for shot in shots for variant in variants]
+    cold = {variant: plan for variant, plan in plans.items() if isinstance(plan, Task)}
     if comparison.record["compile"]:
-        order.sort(key=lambda run: variants.index(run[1]))
-    cold = set(variants) if comparison.warmed else set()
+        # It is compiled again whenever its method changes.
+        order = [(shot, variant) for variant in variants for shot in shots]
+    else:
+        # In turn, so that a machine that slows down does so for all, and each is first at some time.
+        count = len(variants)
+        order = [(shot, variants[(turn + place) % count]) for turn, shot in enumerate(shots) for place in range(count)]
+        for ready in cold.values():
+            studio.warm_up(ready, comparison.warm_up_steps)
+        cold.clear()
     for shot, variant in order:
         bar.start(variant.name)
         plan = plans[variant]
@@ -159,10 +165,19 @@ def _run(studio: Studio, comparison: Comparison, plans: dict[Variant, Task | str
             outcome = Outcome(error=plan)
         else:
             if variant in cold:
-                studio.warm_up(variant)
-                cold.remove(variant)
+                studio.warm_up(cold.pop(variant), comparison.warm_up_steps)
             outcome = studio.make(comparison, shot, variant, bar, say)
         comparison.outcomes[shot.number, variant.name] = outcome
+        studio.liken(comparison, shot, say)
+
+
+def _warm_up_steps(dense: Task, session: Session) -> int:
+    """All where kernels are compiled in a first run; else a few, of each stage."""
+    assert dense.job.steps is not None
+    if session.device.type != "cpu" or dense.job.compile:
+        return dense.job.steps
+    least = min(stage.strength or 1.0 for stage in dense.stages)
+    return min(dense.job.steps, math.ceil(WARM_UP_STEPS / least))
 
 
 def _comparison(
@@ -171,7 +186,7 @@ def _comparison(
     shots: tuple[Shot, ...],
     command: str,
     notes: list[str],
-    warmed: bool,
+    warm_up_steps: int,
 ) -> Comparison:
     job = dense.job
     assert job.width is not None
@@ -188,7 +203,7 @@ def _comparison(
         command=command,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         notes=notes,
-        warmed=warmed,
+        warm_up_steps=warm_up_steps,
     )
 
 

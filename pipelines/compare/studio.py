@@ -6,9 +6,12 @@ import dataclasses
 import gc
 import shutil
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +19,19 @@ from tqdm import tqdm
 
 from ...accel.errors import UnsupportedModel, WeightsError
 from .. import save, settings, task
+from ..diffusers_log import heard_from_diffusers
 from ..errors import BadInput, JobFailed
 from ..job import Job
 from ..routes import Stage
 from ..session import Result, Session
 from ..stage_methods import StageMethods
 from ..task import Task
-from . import metrics
+from . import metrics, text
 from .figures import Comparison, Outcome, Shot
 from .variants import DENSE, Variant, ids, slug
 
+# Columns of what Diffusers says; it quotes what it cuts off a prompt, which may be long.
+LONGEST_HEARD = 300
 # Of the user's making, so that the message says it all.
 SAID = (BadInput, JobFailed, UnsupportedModel, WeightsError)
 
@@ -45,14 +51,13 @@ class Studio:
         self._kind = ".gif" if kind == ".mp4" and not save.has_av() else kind
         self._ids: dict[str, str] = {}
 
-    def plans(self, variants: Sequence[Variant]) -> tuple[Task, dict[Variant, Task | str]]:
-        """The plan of dense attention; and of this and the variants, `auto` by what it chose, or why there is none.
+    def plans(self, dense: Task, variants: Sequence[Variant]) -> dict[Variant, Task | str]:
+        """The plan of dense attention and of each variant, `auto` by what it chose, or why there is none.
 
         Raises:
-            BadInput: dense attention cannot do the job, whatever the method.
-            UnsupportedModel, WeightsError: nor can any of the variants, of which the first says why.
+            BadInput: two variants are the same, but for their names.
+            BadInput, UnsupportedModel, WeightsError: none of the variants can be had; the first says why.
         """
-        dense = self._plan(DENSE)
         found: dict[Variant, Task | str] = {DENSE: dense}
         refused: list[Exception] = []
         for variant in variants:
@@ -67,8 +72,9 @@ class Studio:
                 found[variant] = plan
         if len(refused) == len(variants):
             raise refused[0]
+        _check_different(found)
         self._ids = ids(tuple(found))
-        return dense, found
+        return found
 
     def checked(self, variant: Variant) -> Task:
         """Its plan, after its methods were put in place once: what they lack, such as weights, shows only there.
@@ -76,16 +82,26 @@ class Studio:
         Raises:
             BadInput, UnsupportedModel, WeightsError: it cannot be had.
         """
-        plan = self._plan(variant)
+        plan = self.plan(variant)
         StageMethods(self.session.pipe, plan.configs, lambda text: None).close()
         return plan
 
-    def warm_up(self, variant: Variant) -> None:
-        """One run that is not timed, nor kept. What goes wrong will go wrong again when it counts."""
+    def plan(self, variant: Variant, **own: Any) -> Task:
+        """Of the job with the methods of a variant, and what is its own.
+
+        Raises:
+            BadInput, UnsupportedModel: the model cannot do it.
+        """
+        return self.session.plan(dataclasses.replace(self._job, methods=variant.methods, **own))
+
+    def warm_up(self, plan: Task, steps: int) -> None:
+        """A run that is not timed, nor kept. What is said, or goes wrong, will be so again when it counts."""
         picture, frames = self.work / f"warm-up{self._kind}", self.work / "warm-up"
-        output = None if self._makes_clips else picture
-        with suppress(Exception):
-            self.session.make([self._plan(variant, output=output, frames_dir=self._clip(frames))])
+        own: dict[str, Any] = {"output": None if self._makes_clips else picture, "frames_dir": self._clip(frames)}
+        with suppress(Exception), heard_from_diffusers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            job = dataclasses.replace(self._job, methods=plan.job.methods, steps=steps, **own)
+            self.session.make([self.session.plan(job)])
         picture.unlink(missing_ok=True)
         shutil.rmtree(frames, ignore_errors=True)
         _let_go()
@@ -93,39 +109,41 @@ class Studio:
     def make(
         self, comparison: Comparison, shot: Shot, variant: Variant, bar: Bar, say: Callable[[str], None]
     ) -> Outcome:
-        """Makes one picture or clip, and compares it with that of dense attention; what goes wrong is an outcome."""
-        dense = comparison.outcome(shot, DENSE)
+        """Makes one picture or clip; what goes wrong is an outcome."""
         output = self.folder / f"{self._name(shot, variant)}{self._kind}"
-        try:
-            plan = self._plan(variant, shot, output=output, frames_dir=self._clip(self.frames(output.name)))
-            [result] = self.session.make([plan], watch=bar)
-            return self._outcome(result, dense.file if dense else None)
-        except SAID as error:
-            outcome = Outcome(error=str(error))
-        except Exception as error:  # a defect in one variant must not take the others with it
-            say(traceback.format_exc())
-            outcome = Outcome(error=f"{type(error).__name__}: {error}")
-        _let_go()
+        with heard_from_diffusers() as heard:
+            try:
+                frames = self._clip(self.frames(output.name))
+                plan = self.plan(variant, output=output, frames_dir=frames, prompt=shot.prompt, seed=shot.seed)
+                [result] = self.session.make([plan], watch=bar)
+                outcome = _outcome(result)
+            except Exception as error:
+                outcome = _failed(error, say)
+        if outcome.error is not None:
+            _let_go()
+        # Mostly of the prompt, and so of all variants.
+        said = [text.shortened(line, LONGEST_HEARD) for line in heard]
+        comparison.notes += [line for line in dict.fromkeys(said) if line not in comparison.notes]
         return outcome
+
+    def liken(self, comparison: Comparison, shot: Shot, say: Callable[[str], None]) -> None:
+        """Compares all there is of a shot with what dense attention made of it, as soon as that is there."""
+        dense = comparison.outcome(shot, DENSE)
+        if dense is None or dense.file is None:
+            return
+        for variant in comparison.variants[1:]:
+            outcome = comparison.outcome(shot, variant)
+            if outcome is None or outcome.file is None or outcome.likeness is not None:
+                continue
+            try:
+                outcome = dataclasses.replace(outcome, likeness=self._likeness(outcome.file, dense.file))
+            except Exception as error:
+                outcome = _failed(error, say)
+            comparison.outcomes[shot.number, variant.name] = outcome
 
     def frames(self, file: str) -> Path:
         """The folder with the frames of a clip, lossless."""
         return self.work / Path(file).stem
-
-    def _outcome(self, result: Result, dense: str | None) -> Outcome:
-        assert result.job.output is not None
-        file = result.job.output.name
-        report = result.report.summary() if result.report else None
-        return Outcome(
-            file=file,
-            seconds=result.seconds,
-            peak_bytes=result.peak_bytes,
-            peak_since_start=result.peak_since_start,
-            density=report["density"] if report else None,
-            likeness=self._likeness(file, dense) if dense else None,
-            report=report,
-            notes=(*result.notices, *(report["notes"] if report else ())),
-        )
 
     def _likeness(self, file: str, dense: str) -> metrics.Likeness:
         if self._makes_clips:
@@ -144,18 +162,44 @@ class Studio:
             filter(None, (str(shot.number), slug(shot.prompt), f"seed-{shot.seed}", self._ids[variant.name]))
         )
 
-    def _plan(
-        self, variant: Variant, shot: Shot | None = None, *, output: Path | None = None, frames_dir: Path | None = None
-    ) -> Task:
-        own = {"prompt": shot.prompt, "seed": shot.seed} if shot else {}
-        job = dataclasses.replace(
-            self._job,
-            methods=variant.methods,
-            output=output,
-            frames_dir=frames_dir,
-            **own,  # type: ignore[arg-type]
-        )
-        return self.session.plan(job)
+
+def _check_different(plans: Mapping[Variant, Task | str]) -> None:
+    """
+    Raises:
+        BadInput: two have the same methods and settings. What `auto` chose is its own affair.
+    """
+    asked = {
+        variant.name: plan.job.methods
+        for variant, plan in plans.items()
+        if isinstance(plan, Task) and settings.AUTO not in variant.methods
+    }
+    for (one, methods), (other, others) in combinations(asked.items(), 2):
+        if methods == others:
+            raise BadInput(f"{one!r} and {other!r} have the same settings; variants must differ in theirs (--set).")
+
+
+def _outcome(result: Result) -> Outcome:
+    assert result.job.output is not None
+    report = result.report.summary() if result.report else None
+    return Outcome(
+        file=result.job.output.name,
+        seconds=result.seconds,
+        peak_bytes=result.peak_bytes,
+        peak_since_start=result.peak_since_start,
+        density=report["density"] if report else None,
+        report=report,
+        notes=(*result.notices, *(report["notes"] if report else ())),
+    )
+
+
+def _failed(error: Exception, say: Callable[[str], None]) -> Outcome:
+    """A defect in one variant must not take the others with it, but is told with its place."""
+    if isinstance(error, SAID):
+        said = str(error)
+    else:
+        say("".join(traceback.format_exception(error)))
+        said = f"{type(error).__name__}: {error}"
+    return Outcome(error=said)
 
 
 class Bar:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..settings import AUTO
 from .figures import Comparison, Outcome, Shot, Summary
-from .variants import DENSE
+from .variants import DENSE, Variant
 
 if TYPE_CHECKING:
     from ..task import Task
@@ -44,7 +46,7 @@ def share(value: float | None) -> str:
 def decibels(value: float | None) -> str:
     if value is None:
         return NONE
-    return f"{value:.1f} dB"
+    return IDENTICAL if math.isinf(value) else f"{value:.1f} dB"
 
 
 def similarity(value: float | None) -> str:
@@ -105,7 +107,9 @@ def headings(comparison: Comparison) -> tuple[str, ...]:
 
 def cells(comparison: Comparison, name: str, summary: Summary) -> tuple[str, ...]:
     """One row of the table."""
-    nearness = IDENTICAL if summary.made and summary.identical == summary.made else decibels(summary.psnr)
+    nearness = decibels(summary.psnr)
+    if nearness == IDENTICAL and summary.identical < summary.made:  # the median alone is
+        nearness = f"{summary.identical} of {summary.made} {IDENTICAL}"
     worst = (decibels(summary.worst_psnr), similarity(summary.worst_ssim)) if comparison.frames else ()
     return (
         name,
@@ -132,11 +136,17 @@ def report(comparison: Comparison) -> str:
         if summary.failed:
             tried = summary.made + summary.failed
             failures.append(f"{name}: failed in {summary.failed} of {tried}: {summary.error}")
-        notes += [f"{name}: {note}" for note in comparison.notes_of(variant)]
+        notes += notes_of(comparison, variant, name)
     lines += ["", *columns(rows), ""]
     for line in (*failures, *notes, *remarks(comparison)):
         lines += textwrap.wrap(one_line(line), WIDTH, subsequent_indent="  ")
     return "\n".join(lines).rstrip()
+
+
+def notes_of(comparison: Comparison, variant: Variant, name: str) -> list[str]:
+    """Each with the name of its variant, with which what `auto` says of its choice begins anyway."""
+    notes = comparison.notes_of(variant)
+    return [note if AUTO in variant.methods and note.startswith(f"{AUTO}: ") else f"{name}: {note}" for note in notes]
 
 
 def remarks(comparison: Comparison) -> list[str]:
@@ -149,7 +159,7 @@ def remarks(comparison: Comparison) -> list[str]:
     if comparison.interrupted:
         planned = len(comparison.shots) * len(comparison.variants)
         found.append(f"interrupted after {len(comparison.outcomes)} of {planned} runs.")
-    warm = "after one run each that is not counted" if comparison.warmed else "with no run to warm up"
+    warm = f"after a warm-up of {count(comparison.warm_up_steps, 'step')} each"
     memory_of = "the process, weights included" if comparison.record.get("device") == "cpu" else "the accelerator"
     since = "since it started, so no variant shows less than those before it" if since_start else "during the run"
     compared = "over all frames as they were before encoding" if comparison.frames else "of the picture"

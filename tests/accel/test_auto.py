@@ -11,7 +11,10 @@ import huggingface_hub
 import pytest
 import torch
 from attnswap.accel import auto
-from attnswap.accel.auto import BREAK_EVEN, Candidate, Size, break_even, choose
+from attnswap.accel.auto import BREAK_EVEN, BreakEven, Candidate, Size, break_even, choose
+from attnswap.accel.families.base import Place
+from attnswap.accel.methods.adaspa_schedule import steps_of_run
+from attnswap.pipelines import load
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
 from . import tiny, tiny_dit
@@ -42,7 +45,7 @@ class TestChoice:
     def test_of_a_unet_goes_by_area_and_by_tokens(self, side: int, chosen: list[str]) -> None:
         choice = choose("unet", UNET, "cpu", Size(side**2, side**2))
         assert names(choice) == chosen
-        assert choice.least == {}, "the size is known"
+        assert choice.gate is None, "the size is known"
 
     def test_of_a_unet_without_weights_is_hidiffusion_alone(self) -> None:
         choice = choose("unet", {**UNET, "linfusion": NOT_HERE}, "cpu", Size(128**2, 128**2))
@@ -71,41 +74,75 @@ class TestChoice:
         [config] = choose("video", eager, "cpu", Size(least)).configs
         assert config == attnswap.AdaSpa(min_tokens=least)
 
-    def test_a_run_that_ends_with_its_first_search_is_dense(self) -> None:
+    def test_a_run_with_fewer_sparse_steps_than_were_measured_is_dense(self) -> None:
         choice = choose("video", {"adaspa": ADASPA}, "cpu", Size(9999, steps=1))
         assert names(choice) == []
-        assert choice.why == "auto: dense attention: adaspa: no step of 1 is after its first search"
-        assert names(choose("video", {"adaspa": ADASPA}, "cpu", Size(9999, steps=2))) == ["adaspa"]
-        late = {"adaspa": Candidate(attnswap.AdaSpa(search_steps=(9,)))}
-        assert [names(choose("video", late, "cpu", Size(9999, steps=steps))) for steps in (8, 9, 10)] == [
-            [],
-            [],
-            ["adaspa"],
-        ]
+        assert choice.why == (
+            "auto: dense attention: adaspa: 0 of 1 steps would be sparse, fewer than the 50% it was measured with"
+        )
+        late = {"adaspa": Candidate(attnswap.AdaSpa(search_steps=(40,)))}
+        assert "10 of 50 steps would be sparse" in choose("video", late, "cpu", Size(9999, steps=50)).why
+        chosen = {steps: names(choose("video", late, "cpu", Size(9999, steps=steps))) for steps in (39, 40, 50, 80)}
+        assert chosen == {39: [], 40: [], 50: [], 80: ["adaspa"]}
+
+    @pytest.mark.parametrize("steps", [4, 5, 8, 12, 20, 50, 100])
+    def test_the_published_searches_are_worth_it_in_a_run_of_any_length(self, steps: int) -> None:
+        assert names(choose("video", {"adaspa": ADASPA}, "cpu", Size(9999, steps=steps))) == ["adaspa"]
+
+    def test_a_short_run_breaks_even_later(self) -> None:
+        eager = {"adaspa": Candidate(attnswap.AdaSpa(min_tokens=0))}
+        [short] = choose("video", eager, "cpu", Size(9999, steps=4)).configs
+        [long] = choose("video", eager, "cpu", Size(9999, steps=50)).configs
+        assert 0 < long.min_tokens < short.min_tokens  # type: ignore[attr-defined]
+        said = choose("video", eager, "cpu", Size(9999, steps=50)).why
+        assert "(measured on cpu, a run of 50 steps)" in said
+
+    def test_of_clear_counts_the_picture_and_not_the_text(self) -> None:
+        least, _ = break_even(CLEAR.config, "cpu")  # type: ignore[arg-type]
+        assert names(choose("image", {"clear": CLEAR}, "cpu", Size(least + 511, text=512))) == []
+        assert names(choose("image", {"clear": CLEAR}, "cpu", Size(least + 512, text=512))) == ["clear"]
 
     def test_says_the_numbers_and_where_they_were_measured(self) -> None:
         least, _ = break_even(CLEAR.config, "cpu")  # type: ignore[arg-type]
         said = choose("image", {"clear": CLEAR}, "cpu", Size(5000)).why
         assert said == (
-            f"auto: clear: 5,000 tokens, clear breaks even at {least:,} (measured on cpu), "
+            f"auto: clear: 5,000 image tokens, clear breaks even at {least:,} (measured on cpu), "
             "weights some/weights are here"
         )
         said = choose("image", {"clear": CLEAR}, "cpu", Size(300)).why
-        assert said == (f"auto: dense attention: 300 tokens, clear breaks even at {least:,} (measured on cpu)")
+        assert said == f"auto: dense attention: 300 image tokens, clear breaks even at {least:,} (measured on cpu)"
 
     def test_a_device_that_was_not_measured_is_named(self) -> None:
-        said = choose("unet", UNET, "cuda", Size(64**2, 64**2)).why
-        assert "(measured on the CPU, and not on cuda)" in said
+        said = choose("unet", UNET, "cuda", Size(96**2, 96**2)).why
+        assert "(a guess: measured on the CPU, and not on cuda, beside hidiffusion)" in said
 
     def test_is_a_line(self) -> None:
         said = choose("unet", UNET, "cpu").why
         assert "\n" not in said
-        assert "; linfusion breaks even at 2,325 tokens (measured on cpu, beside hidiffusion), weights" in said
+        beside, alone = (break_even(LINFUSION.config, "cpu", beside=names)[0] for names in (["hidiffusion"], []))  # type: ignore[arg-type]
+        assert (
+            f"; linfusion breaks even at {beside:,} tokens (measured on cpu, beside hidiffusion), without it at "
+            f"{alone:,}, weights some/weights are here"
+        ) in said
 
     def test_of_an_unknown_size_is_left_to_the_calls(self) -> None:
         choice = choose("unet", UNET, "cpu")
         assert names(choice) == ["hidiffusion", "linfusion"]
-        assert choice.least == {"linfusion": break_even(LINFUSION.config, "cpu", beside=("hidiffusion",))[0]}  # type: ignore[arg-type]
+        assert choice.gate is not None
+
+    @pytest.mark.parametrize(("side", "acts"), [(16, False), (25, True), (78, True), (79, False), (100, True)])
+    def test_of_a_call_is_what_is_chosen_for_its_size(
+        self, side: int, acts: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also below HiDiffusion's area, where LinFusion acts alone, and breaks even earlier."""
+        beside = BreakEven("linfusion", "cpu", 10_000, "nothing", beside="hidiffusion")
+        monkeypatch.setattr(auto, "BREAK_EVEN", (BreakEven("linfusion", "cpu", 625, "nothing"), beside))
+        gate = choose("unet", UNET, "cpu").gate
+        assert gate is not None
+        out = gate({"a layer": Place((side, side))}, {"sample": torch.empty(1, 4, side, side)}, None)
+        chosen = names(choose("unet", UNET, "cpu", Size(side**2, side**2)))
+        assert ("linfusion" in chosen, "linfusion" not in out) == (acts, acts)
+        assert "hidiffusion" not in out, "it goes by the area itself"
 
 
 class TestTable:
@@ -118,10 +155,22 @@ class TestTable:
                 result["device"]["type"],
                 entry["config"].get("radius", 0),
                 (entry["beside"] or {}).get("method", ""),
+                entry["compared"].removeprefix("a denoiser ").removeprefix("a "),
             ): entry["break_even"]
-            for entry in result["methods"]
+            # With little text and with much: the later counts, and so the last here.
+            for entry in sorted(result["methods"], key=lambda entry: entry["break_even"])
         }
-        assert {(e.method, e.device, e.radius, e.beside): e.tokens for e in BREAK_EVEN} == found
+        ours = {
+            (e.method, e.device, e.radius, e.beside, e.measured.partition(", ")[2].removeprefix("a ")): e.tokens
+            for e in BREAK_EVEN
+        }
+        assert ours == found
+
+    @pytest.mark.parametrize("entry", [entry for entry in BREAK_EVEN if entry.sparse])
+    def test_has_the_share_of_sparse_steps_of_the_run_that_was_measured(self, entry: BreakEven) -> None:
+        steps = int(entry.measured.split()[-2])
+        first, *later = steps_of_run(attnswap.AdaSpa().search_steps, steps)
+        assert entry.sparse == (steps - first - len(later)) / steps
 
     def test_has_every_method_that_goes_by_tokens(self) -> None:
         assert {entry.method for entry in BREAK_EVEN} | {"hidiffusion"} == set(attnswap.methods())
@@ -130,7 +179,13 @@ class TestTable:
         small, between, large, larger = (
             break_even(attnswap.Clear(radius=radius), "cpu")[0] for radius in (3, 8, 16, 32)
         )
-        assert small < between == large == larger
+        assert small < between == large
+        assert larger == 4 * large, "by area, beyond what was measured"
+        assert [break_even(attnswap.Clear(radius=radius), "cpu")[1] for radius in (8, 16, 32)] == [
+            "measured on cpu, at radius 16",
+            "measured on cpu",
+            "measured on cpu, at radius 16",
+        ]
 
 
 class TestWeights:
@@ -231,7 +286,41 @@ class TestEnabled:
                 assert torch.equal(unet(**large).sample, linear)
         [denoiser] = handle.report().denoisers
         [note] = denoiser["notes"]
-        assert note["text"] == f"a call over 64 tokens ran without linfusion, which acts from {least:,} on"
+        assert note["text"] == (
+            f"a call ran without linfusion: 64 tokens, linfusion breaks even at {least:,} (measured on cpu)"
+        )
+
+    def test_a_bundled_unet_gets_at_each_size_what_is_chosen_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """HiDiffusion has its windows back where calls are too small for LinFusion, which else takes the layers."""
+        beside = BreakEven("linfusion", "cpu", 2325, "nothing", beside="hidiffusion")
+        monkeypatch.setattr(auto, "BREAK_EVEN", (BreakEven("linfusion", "cpu", 580, "nothing"), beside))
+        pipe = load.load(load.find("emoji-sd"), dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+
+        def pictures(side: int) -> Any:
+            arguments = {"width": side, "height": side, "num_inference_steps": 3, "output_type": "latent"}
+            return pipe("a fox", **arguments, generator=torch.Generator().manual_seed(0)).images
+
+        def accelerated(report: attnswap.Report) -> int:
+            [denoiser] = report.denoisers
+            return sum(layer["accelerated_calls"] for layer in denoiser["layers"])
+
+        expected, counts = {64: pictures(64)}, {64: 0}
+        for side, methods in ((128, ["hidiffusion"]), (256, ["hidiffusion", "linfusion"])):
+            with attnswap.enabled(pipe, methods) as handle:
+                expected[side] = pictures(side)
+                counts[side] = accelerated(handle.report())
+        with attnswap.enabled(pipe, "auto") as handle:
+            for side in (128, 256, 64, 256, 128):
+                handle.reset()
+                assert torch.equal(pictures(side), expected[side]), side
+                assert accelerated(handle.report()) == counts[side]
+            [denoiser] = handle.report().denoisers
+        assert 0 == counts[64] < counts[128] < counts[256]
+        assert [note["text"] for note in denoiser["notes"]] == [
+            "a call ran without linfusion: 1,024 tokens, linfusion breaks even at 2,325 (measured on cpu, beside "
+            "hidiffusion)"
+        ]
 
     def test_a_clip_below_min_tokens_runs_dense_without_a_warning(self, recwarn: pytest.WarningsRecorder) -> None:
         pipe, arguments = tiny_dit.wan()
@@ -242,12 +331,14 @@ class TestEnabled:
         assert [w for w in recwarn if issubclass(w.category, attnswap.AttnswapWarning)] == []
         for denoiser in handle.report().denoisers:
             assert denoiser["method"] == ["adaspa"]
-            assert denoiser["notes"][0]["text"].endswith("ran without adaspa, which acts from 4,096 on")
+            said = denoiser["notes"][0]["text"]
+            assert said.startswith("a call ran without adaspa: ")
+            assert said.endswith(" tokens, adaspa acts from 4,096 (its min_tokens)") or "would be sparse" in said
 
     def test_in_a_compiled_denoiser_each_call_is_decided_outside_the_graph(self, monkeypatch: Any) -> None:
         model, config = image_models.flux(), attnswap.Clear(radius=2)
         monkeypatch.setattr(auto, "candidates", lambda *_, **__: {"clear": Candidate(config, "")})
-        monkeypatch.setattr(auto, "BREAK_EVEN", (auto.BreakEven("clear", "cpu", 40, "nothing"),))
+        monkeypatch.setattr(auto, "BREAK_EVEN", (auto.BreakEven("clear", "cpu", 30, "nothing", radius=2),))
         small, large = (image_models.flux_inputs((side, side), 6, 1) for side in (4, 6))
         with torch.no_grad():
             stock = model(**small).sample

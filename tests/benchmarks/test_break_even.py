@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ class TestCrossing:
 def test_a_run_counts_each_kind_of_call_as_often_as_a_published_run_has_it() -> None:
     times = {WITHOUT: 1000.0, FIRST: 100.0, SPARSE: 10.0, AGAIN: 1.0}
     # Searches in steps 10 and 30 of 50.
-    assert break_even._of_a_run(AdaSpa(), times) == (50_000.0, 9 * 1000 + 100 + 39 * 10 + 1)
-    assert break_even._of_a_run(LinFusion(), {WITHOUT: 3.0, CALL: 2.0}) == (3.0, 2.0)
+    probe = Probe("emoji-video", AdaSpa(), ())
+    assert break_even._of_a_run(probe, times) == (50_000.0, 9 * 1000 + 100 + 39 * 10 + 1)
+    # In steps 1 and 2 of 4.
+    assert break_even._of_a_run(replace(probe, steps=4), times) == (4000.0, 100 + 1 + 2 * 10)
+    assert break_even._of_a_run(Probe("emoji-sd", LinFusion(), ()), {WITHOUT: 3.0, CALL: 2.0}) == (3.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -43,16 +47,19 @@ def test_a_run_counts_each_kind_of_call_as_often_as_a_published_run_has_it() -> 
     [
         (Probe("emoji-sd", LinFusion(), ((64, None),)), {WITHOUT, CALL}, 256),
         (Probe("emoji-sd", LinFusion(), ((96, None),), HiDiffusion()), {WITHOUT, CALL}, 576),
-        (Probe("emoji-flux", Clear(radius=3), ((128, None),)), {WITHOUT, CALL}, 272),
+        (Probe("emoji-flux", Clear(radius=3), ((128, None),)), {WITHOUT, CALL}, 256),
+        (Probe("emoji-flux", Clear(radius=3), ((64, None),), text=512), {WITHOUT, CALL}, 64),
         (Probe("emoji-video", AdaSpa(min_tokens=0), ((96, 1),)), {WITHOUT, FIRST, SPARSE, AGAIN}, 144),
     ],
-    ids=["linfusion", "linfusion beside hidiffusion", "clear", "adaspa"],
+    ids=["linfusion", "linfusion beside hidiffusion", "clear", "clear and much text", "adaspa"],
 )
 def test_a_method_is_timed_at_its_sizes(probe: Probe, calls: set[str], tokens: int) -> None:
     said: list[str] = []
     entry = break_even.measure(probe, device=torch.device("cpu"), rounds=1, say=said.append)
     [point] = entry["points"]
     assert point["tokens"] == tokens
+    if isinstance(probe.config, Clear):
+        assert point["text"] == (probe.text or 16)
     assert point["calls_ms"].keys() == calls
     assert all(time > 0 for time in point["calls_ms"].values())
     assert point["speed_up"] == pytest.approx(point["without_ms"] / point["with_ms"])
@@ -89,11 +96,12 @@ def test_each_kind_of_call_of_adaspa_is_what_it_is_called(monkeypatch: pytest.Mo
 def test_writes_the_machine_and_the_break_even_points(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    entry = {"method": "clear", "model": "emoji-flux", "break_even": 607}
+    points = [{"text": 512}]
+    entry = {"method": "clear", "model": "emoji-flux", "compared": "a call", "points": points, "break_even": 607}
     monkeypatch.setattr(break_even, "measure", lambda probe, **how: entry)
     assert break_even.main(["--json", str(tmp_path / "found.json"), "--device", "cpu"]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["device"]["type"] == "cpu"
     assert found["versions"]["torch"] == torch.__version__
     assert found["methods"] == [entry] * len(break_even.PROBES)
-    assert "clear on emoji-flux: 607 tokens" in capsys.readouterr().out
+    assert "clear on emoji-flux, a call, 512 text tokens: 607 tokens" in capsys.readouterr().out

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
-from attnswap.pipelines.compare import text
+from attnswap.pipelines.compare import page, text
 from attnswap.pipelines.compare.figures import Comparison, Outcome
 from attnswap.pipelines.compare.metrics import Likeness
+from attnswap.pipelines.compare.variants import Variant
 
 from .cases import comparison
 
@@ -113,7 +115,7 @@ class TestTable:
         for number in (1, 2):
             change(found, number, "adaspa", likeness=IDENTICAL)
         (row,) = [line for line in text.report(found).splitlines() if line.startswith("adaspa")]
-        assert row.split()[-3:] == ["inf", "dB", "1.0000"]
+        assert row.split()[-5:] == ["2", "of", "3", "identical", "1.0000"]
 
     def test_says_how_many_runs_an_interrupt_left(self, found: Comparison) -> None:
         assert "interrupted" not in text.report(found)
@@ -130,6 +132,22 @@ class TestTable:
         (row,) = [line for line in text.report(found).splitlines() if line.startswith("adaspa")]
         assert row.split()[-3:] == ["28.0", "dB", "0.800"]
 
+    def test_clips_whose_worst_frame_is_identical_have_no_number_for_it(self) -> None:
+        found = comparison(frames=9, fps="8")
+        change(found, 1, "adaspa", likeness=IDENTICAL)
+        (row,) = [line for line in text.report(found).splitlines() if line.startswith("adaspa")]
+        assert row.split()[-4:] == ["identical", "1.0000", "identical", "1.0000"]
+
+    def test_what_auto_says_of_its_choice_is_said_once(self, tmp_path: Path) -> None:
+        found = comparison(names=("auto: dense",))
+        found.variants = (found.variants[0], Variant("auto: dense", {"auto": {}}))
+        change(found, 1, "auto: dense", notes=("auto: dense attention: 256 tokens.", "in another dtype."), file=None)
+        change(found, 1, "dense", file=None)
+        for said in (text.report(found), page.render(found, tmp_path)):
+            assert said.count("auto: dense attention: 256 tokens.") == 1
+            assert "auto: dense: auto" not in said
+            assert "auto: dense: in another dtype." in said
+
 
 @pytest.mark.parametrize(
     ("said", "wanted"),
@@ -141,6 +159,7 @@ class TestTable:
         (text.share(0.0312), "0.031"),
         (text.similarity(0.99961), "0.9996"),
         (text.decibels(None), "–"),
+        (text.decibels(math.inf), "identical"),
         (text.shortened("狐" * 10_000, 5), "狐狐…"),
     ],
 )

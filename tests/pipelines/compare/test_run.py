@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from attnswap.accel.errors import UnsupportedModel
 from attnswap.pipelines import save, session
-from attnswap.pipelines.compare import metrics, page, sheet
+from attnswap.pipelines.compare import metrics, page, sheet, text
 from attnswap.pipelines.compare.figures import Comparison
 from attnswap.pipelines.compare.run import compare
 from attnswap.pipelines.compare.variants import Variant, parse
@@ -150,6 +150,17 @@ class TestMethods:
         assert found.settings[auto.name]["hidiffusion"]["t1"] == 0.7
         assert "256 tokens are many." in found.notes_of(auto)
 
+    def test_that_are_the_same_under_two_names_are_refused(self, run: Compare, folder: Path) -> None:
+        by_default = parse([(["hidiffusion"], []), (["hidiffusion"], ["windows=2,2"])])
+        with pytest.raises(BadInput, match="'hidiffusion' and 'hidiffusion windows=2,2' have the same settings"):
+            run(by_default)
+        assert not folder.exists()
+
+    def test_that_auto_chose_may_be_among_the_others(self, run: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("attnswap.pipelines.auto_method.choose", lambda *_, **__: ({"hidiffusion": {}}, "so"))
+        found = run(parse([(["hidiffusion"], []), (["auto"], [])]), prompts=("a fox",), steps=1)
+        assert [variant.name for variant in found.variants] == ["dense", "hidiffusion", "auto: hidiffusion"]
+
     @pytest.mark.parametrize(
         ("choice", "error", "words"),
         [
@@ -172,6 +183,14 @@ class TestMethods:
             run(parse([(choice[:1], choice[1:])]), model=str(tiny_flux), width=32, height=32)
         assert jobs == []
         assert not folder.exists()
+
+
+def test_what_is_cut_off_a_prompt_is_said_once(run: Compare, capfd: pytest.CaptureFixture[str]) -> None:
+    found = run(prompts=("a fox " * 100,), steps=1)
+    said = text.report(found)
+    assert said.count("truncated because CLIP") == 1
+    assert max(map(len, found.notes)) <= 300
+    assert "truncated" not in capfd.readouterr().err
 
 
 class TestFailures:
@@ -220,7 +239,7 @@ class TestFailures:
 class TestInterrupt:
     def test_keeps_what_is_done(self, run: Compare, before: Callable[..., list[Job]], folder: Path) -> None:
         def hook(job: Job) -> None:
-            if job.prompt == "an owl" and job.methods:
+            if job.prompt == "an owl" and not job.methods:
                 raise KeyboardInterrupt
 
         before(hook)
@@ -228,7 +247,8 @@ class TestInterrupt:
         assert found.interrupted
         assert len(found.outcomes) == 3
         assert names(folder) == RESULTS | {
-            "1-a-fox-seed-0-dense.png", "1-a-fox-seed-0-hidiffusion.png", "2-an-owl-seed-0-dense.png",
+            "1-a-fox-seed-0-dense.png", "1-a-fox-seed-0-hidiffusion.png",
+            "2-an-owl-seed-0-hidiffusion.png",
         }  # fmt: skip
         assert json.loads((folder / "compare.json").read_text())["interrupted"]
         assert "not run" in (folder / "compare.html").read_text()
@@ -257,12 +277,30 @@ class TestInterrupt:
 
 
 class TestOrder:
-    def test_variants_take_turns(self, run: Compare, before: Callable[..., list[Job]]) -> None:
+    def test_variants_take_turns_each_first_at_some_time(self, run: Compare, before: Callable[..., list[Job]]) -> None:
         jobs = before()
-        run()
-        assert [(job.prompt, *job.methods) for job in jobs] == [
-            ("a fox",), ("a fox", "hidiffusion"), ("an owl",), ("an owl", "hidiffusion"),
+        found = run()
+        assert [(job.prompt, *job.methods) for job in jobs[2:]] == [
+            ("a fox",), ("a fox", "hidiffusion"), ("an owl", "hidiffusion"), ("an owl",),
         ]  # fmt: skip
+        assert all(found.outcome(shot, found.variants[1]).likeness for shot in found.shots)
+
+    @pytest.mark.parametrize(
+        ("more", "steps"), [({"steps": 3}, 2), ({"steps": 1}, 1), ({"steps": 9, "image": "a.png", "strength": 0.3}, 7)]
+    )
+    def test_all_variants_run_a_few_steps_before_any_counts(
+        self, run: Compare, before: Callable[..., list[Job]], more: dict[str, Any], steps: int, tmp_path: Path
+    ) -> None:
+        if "image" in more:
+            Image.new("RGB", (128, 128)).save(tmp_path / "a.png")
+            more = more | {"image": tmp_path / "a.png"}
+        jobs = before()
+        found = run(prompts=("a fox",), **more)
+        assert [(job.steps, *job.methods) for job in jobs] == [
+            (steps,), (steps, "hidiffusion"), (more["steps"],), (more["steps"], "hidiffusion"),
+        ]  # fmt: skip
+        assert f"after a warm-up of {steps} step" in text.remarks(found)[-1]
+        assert len(found.outcomes) == 2
 
     def test_a_compiled_model_changes_its_method_as_seldom_as_can_be_and_is_warmed_up(
         self, run: Compare, before: Callable[..., list[Job]], monkeypatch: pytest.MonkeyPatch, folder: Path
@@ -275,7 +313,7 @@ class TestOrder:
             ("a fox",), ("a fox",), ("an owl",),
             ("a fox", "hidiffusion"), ("a fox", "hidiffusion"), ("an owl", "hidiffusion"),
         ]  # fmt: skip
-        assert found.warmed
+        assert found.warm_up_steps == 2
         assert len(names(folder)) == 4 + len(RESULTS)
 
 
@@ -351,9 +389,9 @@ class TestClips:
             assert sum(1 for _ in container.decode(video=0)) == 2 * 9
             assert container.streams.video[0].average_rate == 8
         assert Image.open(folder / "sheet.png").width == sheet.Layout.of(found, 2).width
-        text = (folder / "compare.html").read_text()
-        assert text.count("data:video/mp4") == 4
-        assert "stitched.mp4" in text
+        shown = (folder / "compare.html").read_text()
+        assert shown.count("data:video/mp4") == 4
+        assert "stitched.mp4" in shown
 
     def test_have_figures_of_lossless_frames(self, found: Comparison) -> None:
         likeness = found.outcome(found.shots[0], found.variants[1]).likeness
