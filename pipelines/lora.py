@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,9 @@ def _loaded(pipe: Any, name: str, file: Path, model: str) -> list[str]:
 
     parts = " or ".join(part for part in pipe._lora_loadable_modules if getattr(pipe, part, None) is not None)
     try:
-        with heard_from_diffusers() as heard:
+        with heard_from_diffusers() as heard, warnings.catch_warnings():
+            # Of a file that fits some layers only; what it changes is said below.
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
             pipe.load_lora_weights(str(file), adapter_name=name, use_safetensors=True, local_files_only=True)
     except (SafetensorError, OSError) as error:
         raise BadInput(f"LoRA {file.name} cannot be read: {_first_line(error)}") from error
