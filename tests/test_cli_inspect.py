@@ -44,7 +44,7 @@ def test_the_cost_and_the_choice_come_first(attnswap: Cli) -> None:
     assert lines[4].split() == ["dense", "8.65", "million", "100.0%", "100.0%", "1.00x"]
     [clear] = [line.split() for line in lines if line.strip().startswith("clear  ")]
     assert clear[:4] == ["clear", "454", "thousand", "5.2%"]
-    auto = next(i for i, line in enumerate(lines) if line.startswith("auto: clear: 1,040 tokens"))
+    auto = next(i for i, line in enumerate(lines) if line.startswith("auto: clear: 1,024 image tokens"))
     assert auto < next(i for i, line in enumerate(lines) if line.startswith("transformer: "))
 
 
