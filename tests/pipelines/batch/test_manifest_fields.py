@@ -171,7 +171,7 @@ class TestMethods:
             ({"method": "clear", "settings": {"radius": 0}}, "clear: radius must be a number of tokens, at least 1"),
             ({"method": "clear", "settings": {"linfusion.eps": 1}}, "settings: linfusion.eps: method does not name"),
             ({"settings": {"radius": 8}}, "settings: radius: no method to set it for."),
-            ({"method": "hidiffusion", "settings": {"windows": "-" * 100_000 + "1"}}, "settings "),
+            ({"method": "hidiffusion", "settings": {"windows": "-" * 100_000 + "1"}}, "settings: windows=-"),
             ({"method": "clear", "settings": {"weights": "a\0b"}}, "settings has a NUL character"),
         ],
     )
