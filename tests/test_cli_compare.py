@@ -168,8 +168,15 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_no_half_file(tiny_sd: Path, tmp_pa
         "compare", "a fox", "-o", "out", "-m", str(tiny_sd), "--steps", "100", "--method", "hidiffusion",
         "--seeds", ",".join(map(str, range(20))),
     )  # fmt: skip
+    # A shell that runs the tests in the background has them ignore SIGINT.
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from attnswap import cli\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "attnswap.cli", *command],
+        [sys.executable, "-c", code, *command],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -238,7 +238,14 @@ class TestTogether:
         self, batch: Make, out: Path, forks: Any, assert_whole: Whole
     ) -> None:
         given = batch(*self.rows())
-        child = forks.start(lambda: run(given))
+
+        def stays() -> bool:
+            """After its first row."""
+            while lines(out / "results.jsonl"):
+                time.sleep(0.1)
+            return False
+
+        child = forks.start(lambda: run(given, stopping=nullcontext(stays)))
         until(lambda: lines(out / "results.jsonl"))
         with pytest.raises(BadInput, match=f"another batch is at work there, process {child} "):
             run(replace(given, resume=True))
