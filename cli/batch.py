@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import job_options
 from .common import Listing, quieten
+from .stopping import Stop
 
 if TYPE_CHECKING:
     from ..pipelines.batch.run import Outcome
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     bars = sys.stderr.isatty() and mine.local_rank is None
     quieten(progress=False)
     name = f"{mine.worker}: " if mine.worker else ""
-    stop = _Stop()
+    stop = Stop()
 
     def print_line(text: str) -> None:
         print(printable_lines(f"{name}{text}"), file=sys.stderr, flush=True)
@@ -103,39 +103,6 @@ def _device(local_rank: int) -> str:
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else f"{accelerator.type}:{local_rank}"
-
-
-class _Stop:
-    """Whether somebody has asked, by Ctrl-C or by the signal that ends processes; as a context manager, it listens.
-
-    The first lets the step that runs come to its end; the second does not wait for it.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._before: dict[int, Any] = {}
-
-    def __call__(self) -> bool:
-        return bool(self.signal)
-
-    def __enter__(self) -> _Stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # A shell that starts a job in the background has it ignore Ctrl-C.
-            if (before := signal.getsignal(number)) is not signal.SIG_IGN:
-                self._before[number] = before
-                signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
-
-    def _ask(self, number: int, _frame: object) -> None:
-        self.signal = number
-        self.__exit__()
-        # Not by `print`, which may be at work; in the place of a bar, which is drawn again below.
-        clear = b"\r\033[K" if os.isatty(2) else b""
-        os.write(2, clear + b"attnswap: ending after this step; once more ends at once.\n")
 
 
 def _summary(outcome: Outcome, folder: Path, name: str, dry_run: bool) -> str:

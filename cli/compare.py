@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import job_options
 from .common import METHODS, Listing, fail, quieten, split_names
+from .stopping import Stop
 
 if TYPE_CHECKING:
     from ..pipelines.compare.variants import Variant
@@ -66,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     fields |= job_options.fields(options) | {"prompt": options.prompt[0]}
     progress = sys.stderr.isatty()
     quieten(progress)
+    stop = Stop()
     found = compare(
         Job(**fields),
         _variants(options.choices),
@@ -75,11 +78,12 @@ def run(options: argparse.Namespace) -> int:
         command=shlex.join(["attnswap", *options.arguments]),
         progress=progress,
         say=lambda text: print(f"attnswap: {text}", file=sys.stderr),
+        stopping=stop,
     )
     print(text.report(found))
     print(f"\n{folder / 'compare.html'}: the pictures with sliders; beside it sheet.png and compare.json")
     if found.interrupted:
-        return fail(f"interrupted; what was made until then is in {folder}.", 130)
+        return fail(f"interrupted; what was made until then is in {folder}.", 128 + (stop.signal or signal.SIGINT))
     summaries = [found.summary(variant) for variant in found.variants[1:]]
     return 0 if any(summary.made for summary in summaries) else 1
 

@@ -7,7 +7,7 @@ import datetime
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from ...accel.errors import UnsupportedModel, WeightsError
@@ -41,6 +41,7 @@ def compare(
     command: str = "",
     progress: bool = False,
     say: Say = lambda text: None,
+    stopping: AbstractContextManager[Callable[[], bool]] | None = None,
 ) -> Comparison:
     """Makes a picture or clip of every prompt and seed, with dense attention and with every variant.
 
@@ -53,6 +54,7 @@ def compare(
         command: for the record.
         progress: draw a bar.
         say: is told of defects.
+        stopping: is entered for the runs; gives whether to end after the next step.
 
     Raises:
         BadInput, UnsupportedModel, WeightsError: nothing can be compared as asked for; nothing was run or written.
@@ -78,7 +80,7 @@ def compare(
             with _said_in_a_line(folder):
                 folder.mkdir(exist_ok=True)
                 studio.work.mkdir()
-            with suppress(KeyboardInterrupt):
+            with suppress(KeyboardInterrupt), stopping or nullcontext(lambda: False) as bar.stop:
                 _run(studio, comparison, plans, bar, say)
             if not comparison.outcomes:
                 raise KeyboardInterrupt  # before the first picture

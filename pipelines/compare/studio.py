@@ -203,9 +203,14 @@ def _failed(error: Exception, say: Callable[[str], None]) -> Outcome:
 
 
 class Bar:
-    """One bar over the denoising steps of all runs, drawn where the whole takes more than two seconds."""
+    """One bar over the denoising steps of all runs, drawn where the whole takes more than two seconds.
+
+    Attributes:
+        stop: whether to end after the next step, by `KeyboardInterrupt`.
+    """
 
     def __init__(self, runs: int, stages: Sequence[Stage], shown: bool) -> None:
+        self.stop: Callable[[], bool] = lambda: False
         self._steps = [stage.steps for stage in stages]
         self._runs, self._run = runs, 0
         self._bar = tqdm(total=runs * sum(self._steps), disable=not shown, delay=2)
@@ -222,13 +227,18 @@ class Bar:
         self._to(sum(self._steps[: stage.number - 1]) + min(step, stage.steps))
 
     def frame_done(self, total: int) -> None:
-        pass
+        self._check()
 
     def close(self) -> None:
         self._bar.close()
 
     def _to(self, step: int) -> None:
         self._bar.update((self._run - 1) * sum(self._steps) + step - self._bar.n)
+        self._check()
+
+    def _check(self) -> None:
+        if self.stop():
+            raise KeyboardInterrupt
 
 
 def _let_go() -> None:
