@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 # How pipelines say, mostly by accident, that they cannot use what they are given.
 UNFIT = (ValueError, TypeError, AttributeError, AssertionError, LookupError, OverflowError)
 READABLE = 400
+# Shown the latents of a stage after each of its steps.
+Look = Callable[[Stage, torch.Tensor], None]
 OURS = __name__.partition(".")[0]
 # Of a picture's aspect ratio; rounding to a model's multiples stays below.
 STRETCHED = 0.1
@@ -84,10 +87,11 @@ class Runner:
         prepare: is given a pipeline made from `pipe`, before it runs; places it.
         methods: that a stage is to run with, if any.
         say: is told what the user did not ask for.
+        look: is shown the latents after each step; may raise.
 
     Attributes:
         job: the first; what it says beside its prompts and seed goes for all.
-        seconds: spent in denoising and decoding so far.
+        seconds: spent in denoising and decoding so far, without what `look` took.
     """
 
     def __init__(
@@ -100,11 +104,13 @@ class Runner:
         prepare: Callable[[Any], None] = lambda pipe: None,
         methods: StageMethods | None = None,
         say: Callable[[str], None] = lambda text: None,
+        look: Look | None = None,
     ) -> None:
         self.seconds = 0.0
         self._pipe, self._jobs, self._device = pipe, jobs, device
         self.job = jobs[0]
         self._progress, self._prepare, self._methods, self._say = progress, prepare, methods, say
+        self._look = look
         self._steps_run = 0
         self._latents: torch.Tensor | None = None
 
@@ -173,6 +179,10 @@ class Runner:
             )
         self._latents = latents
         self._progress.reach(stage, step)
+        if self._look:
+            start = time.perf_counter()
+            self._look(stage, latents)
+            self.seconds -= time.perf_counter() - start
 
     @contextmanager
     def _failures(self, stage: Stage) -> Iterator[None]:

@@ -18,7 +18,7 @@ from .job import Companions, Job
 from .low_memory import low_memory, tiled, untileable
 from .render import Painter
 from .routes import Stage
-from .run import Watch
+from .run import Look, Watch
 from .stage_methods import StageMethods
 from .stages import StageFolder
 from .task import Task, plan
@@ -101,12 +101,20 @@ class Session:
         return plan(job, self.model, self.pipe, self.preset, self.device)
 
     def make(
-        self, tasks: Sequence[Task], *, watch: Watch | None = None, say: Say = lambda text: None
+        self,
+        tasks: Sequence[Task],
+        *,
+        watch: Watch | None = None,
+        say: Say = lambda text: None,
+        look: Look | None = None,
     ) -> tuple[Result, ...]:
         """Makes the pictures or clips in one call of the pipeline, and writes them.
 
         Args:
             tasks: one, or several of the same `task.batch_key`.
+            watch: is told of each step and frame; by raising it ends the run.
+            say: is told each notice as it comes up.
+            look: is shown the latents after each step; what it does is not timed.
 
         Raises:
             BadInput, UnsupportedModel: before any step.
@@ -136,6 +144,7 @@ class Session:
             prepare=lambda made: place_again(made, self.device, first.job),
             methods=methods,
             say=notice,
+            look=look,
         )
         images: Sequence[Image.Image | None] = [None] * len(tasks)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from attnswap.pipelines import run, save
 from attnswap.pipelines.errors import BadInput, JobFailed, NotWritten
 from attnswap.pipelines.generate import generate
 from attnswap.pipelines.job import Job, again
+from attnswap.pipelines.routes import Stage
 from attnswap.pipelines.session import Session
 from attnswap.pipelines.task import Task, batch_key
 from PIL import Image
@@ -191,3 +193,26 @@ def test_the_peak_memory_is_that_of_each_job() -> None:
     assert high is not None
     assert low is not None
     assert low < high - 2**27
+
+
+class TestLookingOn:
+    def test_shows_the_latents_of_every_step(self, session: Session, job: Job, tmp_path: Path) -> None:
+        seen: list[tuple[int, ...]] = []
+        [task] = planned(session, job, tmp_path)[:1]
+        session.make([task], look=lambda stage, latents: seen.append(tuple(latents.shape)))
+        assert seen == [(1, 4, 8, 8)] * 2
+
+    def test_is_not_timed(self, session: Session, job: Job, tmp_path: Path) -> None:
+        [task] = planned(session, job, tmp_path)[:1]
+        session.make([task])
+        [result] = session.make([task], look=lambda stage, latents: time.sleep(1.0))
+        assert result.seconds < 1.0
+
+    def test_may_end_the_run(self, session: Session, job: Job, tmp_path: Path) -> None:
+        def enough(stage: Stage, latents: torch.Tensor) -> None:
+            raise KeyboardInterrupt
+
+        [task] = planned(session, job, tmp_path)[:1]
+        with pytest.raises(KeyboardInterrupt):
+            session.make([task], look=enough)
+        assert not list(tmp_path.iterdir())

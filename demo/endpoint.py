@@ -1,0 +1,48 @@
+"""How the handlers of a page are seen by Gradio and by its clients."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+
+from ..accel.errors import UnsupportedModel, WeightsError
+from ..pipelines.errors import BadInput, JobFailed
+
+#: One at a time on the device, whichever page asks.
+DEVICE = "device"
+# Of the visitor's making or the machine's, so that the message says it all.
+SAID = (BadInput, JobFailed, UnsupportedModel, WeightsError)
+
+
+def named(handler: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """`handler(request, *values)` with a name for each of its values, by which `gradio_client` gives them.
+
+    Works for functions and for generators.
+    """
+    call: Callable[..., Any]
+    if inspect.isgeneratorfunction(handler):
+
+        @functools.wraps(handler)
+        def call(request: gr.Request, *values: Any) -> Any:
+            yield from handler(request, *values)
+
+    else:
+
+        @functools.wraps(handler)
+        def call(request: gr.Request, *values: Any) -> Any:
+            return handler(request, *values)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("request", kind, annotation=gr.Request)]
+    parameters += [inspect.Parameter(name, kind) for name in names]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return call
+
+
+def message(text: str) -> gr.Error:
+    """To be raised: shown on the page, which lives on."""
+    return gr.Error(text, duration=None, print_exception=False)
