@@ -39,7 +39,7 @@ _NARROWEST_SCALE = 0.1
 _MAP = (480, 720)
 _SMALLEST_CELL = (10, 11)
 _LARGEST_CELL = (110, 56)
-_CELL_WITH_NUMBER = (50, 24)
+_CELL_WITH_NUMBER = (48, 24)
 _GUTTER = 64
 _SCALE_WIDTH = 300
 _HEADER = 126
@@ -134,6 +134,7 @@ class HeatMap:
         cells: by row and column; rows may differ in length.
         first_row: number of the first row.
         scale: of the values.
+        row_step: from the number of a row to that of the next.
     """
 
     title: str
@@ -141,6 +142,7 @@ class HeatMap:
     cells: Sequence[Sequence[Cell]]
     first_row: int
     scale: Scale
+    row_step: int = 1
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -192,8 +194,8 @@ class HeatMap:
         width, height = place.cell
         every = _every(26, height)
         for row in range(place.rows):
-            number = self.first_row + row
-            if number % every == 0:
+            number = self.first_row + row * self.row_step
+            if (row if self.row_step > 1 else number) % every == 0:
                 y = place.top + row * height + height / 2 - 1
                 pen.text((place.left - 9, y), str(number), fill=INK, font=labels, anchor="rm")
         pen.text((place.left - 9, place.top - 8), down, fill=FAINT, font=labels, anchor="rs")

@@ -105,7 +105,7 @@ def plot(report: Report, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: the name of the picture must end in .png")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
-    image = _draw(report)
+    image = draw(report)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         image.save(part, format="PNG")
@@ -130,13 +130,13 @@ def mask_image(report: Report, layer: str | int, head: int, *, branch: int = 0, 
     """
     found = _with_masks(report, layer)
     if branch not in found.masks:
-        raise ValueError(f"{found.name} has masks of guidance branch {_spans(found.masks)}, not of {branch}")
+        raise ValueError(f"{found.name} has masks of guidance branch {spans(found.masks)}, not of {branch}")
     mask = found.masks[branch]
     items, heads, _, _ = mask.shape
     if not 0 <= head < heads:
-        raise ValueError(f"{found.name} has {heads} heads: {_spans(range(heads))}, not {head}")
+        raise ValueError(f"{found.name} has {heads} heads: {spans(range(heads))}, not {head}")
     if not 0 <= item < items:
-        raise ValueError(f"{found.name} has a batch of {items}: {_spans(range(items))}, not {item}")
+        raise ValueError(f"{found.name} has a batch of {items}: {spans(range(items))}, not {item}")
     # The others need not be unpacked.
     one = slice(item, item + 1), slice(head, head + 1)
     kept = dataclasses.replace(mask, bits=mask.bits[one], counts=mask.counts[one]).to_dense()[0, 0].cpu()
@@ -146,13 +146,45 @@ def mask_image(report: Report, layer: str | int, head: int, *, branch: int = 0, 
     return ImageOps.expand(image, border=1, fill=_FRAME)
 
 
+@dataclass(frozen=True)
+class Masked:
+    """A layer of which `mask_image` has masks.
+
+    Attributes:
+        number: in the picture that `plot` draws.
+        kept: share of the blocks that each mask keeps, by guidance branch, batch item and head.
+        recall: share of the attention that they held when searched, by the same; without those nobody knows it of.
+    """
+
+    number: int
+    name: str
+    kept: Mapping[tuple[int, int, int], float]
+    recall: Mapping[tuple[int, int, int], float]
+
+
+def masks(report: Report) -> tuple[Masked, ...]:
+    """Every mask that `mask_image` can draw."""
+    return tuple(_masked(layer) for group in _denoisers(report) for layer in group if layer.masks)
+
+
+def _masked(layer: _Layer) -> Masked:
+    kept = {
+        (branch, item, head): share
+        for branch, mask in sorted(layer.masks.items())
+        for item, heads in enumerate((mask.counts.float().mean(dim=-1) / mask.key_blocks).tolist())
+        for head, share in enumerate(heads)
+    }
+    recall = {(value.branch, value.item, value.head): value.recall for value in layer.values}
+    return Masked(layer.number, layer.name, kept, recall)
+
+
 def _with_masks(report: Report, called: str | int) -> _Layer:
     """The one layer of that name or number that has masks."""
     layers = [layer for group in _denoisers(report) for layer in group]
     masked = [layer for layer in layers if layer.masks]
     if not masked:
         raise ValueError("this report has no masks: no search has made one since enable or reset")
-    there = f"there are masks of layer {_spans(layer.number for layer in masked)} ({masked[0].name}"
+    there = f"there are masks of layer {spans(layer.number for layer in masked)} ({masked[0].name}"
     there += f" to {masked[-1].name})" if len(masked) > 1 else ")"
     found = [layer for layer in layers if called in (layer.number, layer.name)]
     chosen = [layer for layer in found if layer.masks]
@@ -182,37 +214,49 @@ def _denoisers(report: Report) -> list[list[_Layer]]:
 # The picture.
 
 
-def _draw(report: Report) -> Image.Image:
+def draw(report: Report, *, beside: bool = True) -> Image.Image:
+    """The picture that `plot` writes; for narrow pages with recall below density, not `beside` it.
+
+    Raises:
+        ValueError: nothing was searched.
+    """
     groups = [group for group in _denoisers(report) if group]
     layers = [layer for group in groups for layer in group]
     if not any(layer.values for layer in layers):
         why = "every search fell back to dense" if any(layer.mark is Mark.FELL_BACK for layer in layers) else ""
         raise ValueError(f"there is no density and no recall to draw: {why or 'nothing was searched'}")
-    rows = _maps(groups)
-    width = _GAP + max(sum(each.size[0] for each in row) for row in rows)
+    # Of each denoiser, with the maps that stand beside each other.
+    rows = [[row] if beside else [[each] for each in row] for row in _maps(groups)]
+    width = max(sum(each.size[0] for each in row) + _GAP * (len(row) - 1) for of in rows for row in of)
+    letters = 30 if beside else 24
+    titles = _wrapped([_title(report)], letters, width)
     above = _wrapped([_of_the_run(report, layers)], 18, width)
     below = _wrapped(_caption(layers), 17, width)
     legend = {
-        mark: _wrapped([f"{said} (layer{'s' if len(marked) > 1 else ''} {_spans(marked)})"], 17, width - _SWATCH)
+        mark: _wrapped([f"{said} (layer{'s' if len(marked) > 1 else ''} {spans(marked)})"], 17, width - _SWATCH)
         for mark, said in _MARKS.items()
         if (marked := [layer.number for layer in layers if layer.mark is mark])
     }
     heading = _HEADING if len(rows) > 1 else 0
     lines = len(above) + len(below) + sum(map(len, legend.values()))
-    height = _TITLE + _LINE * lines + _GAP + sum(heading + row[0].size[1] + _GAP for row in rows)
+    maps = sum(heading + sum(row[0].size[1] + _GAP for row in of) for of in rows)
+    height = _TITLE * len(titles) + _LINE * lines + _GAP + maps
 
     image = Image.new("RGB", (width + 2 * _MARGIN, height + 2 * _MARGIN), PAPER)
     pen = ImageDraw.Draw(image)
-    pen.text((_MARGIN, _MARGIN), _title(report), fill=INK, font=font(30))
-    y = _write(pen, (_MARGIN, _MARGIN + _TITLE), above, 18) + _GAP
-    for number, row in enumerate(rows, 1):
+    for number, line in enumerate(titles):
+        pen.text((_MARGIN, _MARGIN + number * _TITLE), line, fill=INK, font=font(letters))
+    y = _write(pen, (_MARGIN, _MARGIN + _TITLE * len(titles)), above, 18) + _GAP
+    for number, of in enumerate(rows, 1):
         if heading:
             pen.text((_MARGIN, y), f"Denoiser {number} of {len(rows)}", fill=INK, font=font(24))
-        x, y = _MARGIN, y + heading
-        for each in row:
-            each.draw(image, x, y, down="layer", across="head")
-            x += each.size[0] + _GAP
-        y += row[0].size[1] + _GAP
+        y += heading
+        for row in of:
+            x = _MARGIN
+            for each in row:
+                each.draw(image, x, y, down="layer", across="head")
+                x += each.size[0] + _GAP
+            y += row[0].size[1] + _GAP
     for mark, said in legend.items():
         swatch(image, (_MARGIN, y + 2, _MARGIN + _SWATCH - 12, y + 18), mark)
         y = _write(pen, (_MARGIN + _SWATCH, y), said, 17)
@@ -279,18 +323,18 @@ def _kinds(layers: Sequence[_Layer]) -> list[str]:
     ]
     if len(kinds) > _KINDS:
         return []
-    return ["Layers: " + "; ".join(f"{_spans(numbers)} {kind}" for kind, numbers in kinds) + "."]
+    return ["Layers: " + "; ".join(f"{spans(numbers)} {kind}" for kind, numbers in kinds) + "."]
 
 
-def _spans(numbers: Iterable[int]) -> str:
+def spans(numbers: Iterable[int]) -> str:
     """Ascending numbers in few words: "0 to 2, 5"."""
-    spans: list[list[int]] = []
+    found: list[list[int]] = []
     for number in sorted(numbers):
-        if spans and number == spans[-1][-1] + 1:
-            spans[-1][1:] = [number]
+        if found and number == found[-1][-1] + 1:
+            found[-1][1:] = [number]
         else:
-            spans.append([number])
-    return ", ".join(" to ".join(map(str, span)) for span in spans)
+            found.append([number])
+    return ", ".join(" to ".join(map(str, span)) for span in found)
 
 
 def _wrapped(texts: Iterable[str], size: int, width: int) -> list[str]:

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 
 # Nothing heavy is imported before the arguments are understood: --help and wrong use answer at once.
-from . import batch, bench, compare, distill, doctor, generate, inspect, show
+from . import batch, bench, compare, demo, distill, doctor, generate, inspect, show
 from .common import Parser, Version, fail, warnings_in_a_line
 
 __all__ = ["build_parser", "main"]
 
-COMMANDS = (generate, batch, compare, show, inspect, bench, distill, doctor)
+COMMANDS = (generate, batch, compare, demo, show, inspect, bench, distill, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

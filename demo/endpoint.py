@@ -38,7 +38,8 @@ def named(handler: Callable[..., Any], names: Sequence[str]) -> Callable[..., An
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("request", kind, annotation=gr.Request)]
-    parameters += [inspect.Parameter(name, kind) for name in names]
+    # Gradio takes the default of a control that begins empty from here.
+    parameters += [inspect.Parameter(name, kind, default=None) for name in names]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return call
 

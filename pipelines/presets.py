@@ -26,6 +26,7 @@ class Preset:
         methods_from: The same for large pictures, by the multiple of `native_side` from which they apply.
         max_sequence_length: Tokens a prompt is padded or cut to.
         routes: Route → strengths in place of the published ones in `routes.ROUTES`.
+        examples: Prompts to begin with.
     """
 
     native_side: int | None = None
@@ -37,6 +38,7 @@ class Preset:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods_from: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     routes: dict[str, list[float]] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
 
     def settings_of(self, method: str, width: int | None = None, height: int | None = None) -> dict[str, Any]:
         """A method's settings for a picture of this size in pixels; None is the native size."""
@@ -66,6 +68,8 @@ def read(folder: Path) -> Preset:
             raise ValueError(f"max_sequence_length is {length!r}, not a number of tokens.")
         if preset.frames is not None and (type(preset.frames) is not int or preset.frames < 1):
             raise ValueError(f"frames is {preset.frames!r}, not a number of frames.")
+        if not isinstance(preset.examples, list) or not all(isinstance(text, str) for text in preset.examples):
+            raise ValueError(f"examples is {preset.examples!r}, not a list of prompts.")
         return preset
     except (ValueError, TypeError) as error:
         raise BadInput(f"{path} is no preset: {error}") from error

@@ -1,19 +1,53 @@
-"""Method settings as text (`--set windows=2,2`) turned into the method's own configuration dataclass."""
+"""Method settings as text (`--set windows=2,2`) turned into the method's own configuration dataclass.
+
+What settings there are, with their types, defaults and help, is read off the configuration: nothing here or above knows
+one by name.
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from .errors import BadInput, near
 
 #: The name under which a method is chosen for the job.
 AUTO = "auto"
 TRUE, FALSE, NONE = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("none", "null")
+# A field, or several, in the section of a docstring that describes them.
+_DESCRIBED = re.compile(r"    (\w+(?:, \w+)*): (.+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """
+    Attributes:
+        kind: "switch" for yes or no, "choice" for one of `choices`, "text" for what `read_value` reads.
+        choices: As text.
+        default: Of the method; a model's preset may have another.
+        help: From the docstring of the configuration.
+        names_file: Its value is opened as a file, so that nobody but the user of this machine may choose it freely;
+            `choices` are those that name none.
+    """
+
+    method: str
+    name: str
+    kind: Literal["switch", "choice", "text"]
+    choices: tuple[str, ...]
+    default: Any
+    help: str
+    names_file: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The default as text."""
+        return shown(self.default)
 
 
 def known_methods() -> dict[str, type]:
@@ -21,6 +55,57 @@ def known_methods() -> dict[str, type]:
     from ..accel.methods import CONFIGS
 
     return dict(CONFIGS)
+
+
+def settings_of(method: str) -> tuple[Setting, ...]:
+    """The settings of a method, but for those that only Python can give."""
+    config = known_methods()[method]
+    described, usual = _described(config), config()
+    files: frozenset[str] = getattr(config, "files", frozenset())
+    found = []
+    for name, hint in _field_types(config).items():
+        options = [option for option in _options(hint) if _parser(option) is not _never]
+        if not options:
+            continue
+        choices = tuple(choice for option in options for choice in _choices(option))
+        closed = all(option is type(None) or typing.get_origin(option) is Literal for option in options)
+        kind: Literal["switch", "choice", "text"] = "choice" if closed or name in files else "text"
+        if options == [bool]:
+            kind, choices = "switch", ("yes", "no")
+        default, text = getattr(usual, name), described.get(name, "")
+        found.append(Setting(method, name, kind, choices, default, text, names_file=name in files))
+    return tuple(found)
+
+
+def summary_of(method: str) -> str:
+    """What a method does, in the words that its configuration begins with."""
+    return " ".join((inspect.getdoc(known_methods()[method]) or "").partition("\n\n")[0].split())
+
+
+def shown(value: Any) -> str:
+    """A value as the text of which `read_value` makes it again."""
+    if value is None:
+        return NONE[0]
+    if isinstance(value, bool):
+        return TRUE[1] if value else FALSE[1]
+    if isinstance(value, tuple | list):
+        return ", ".join(map(str, value)) or "()"
+    return str(value)
+
+
+def read_value(method: str, name: str, text: str) -> Any:
+    """What `text` stands for as a setting of `method`, as `--set` reads it.
+
+    Raises:
+        BadInput: no such method or setting, or a value of another type, with what it takes.
+    """
+    known = known_methods()
+    if method not in known:
+        raise BadInput(f"unknown method {method!r}.{near(method, known)}")
+    types_ = _field_types(known[method])
+    if name not in types_:
+        raise BadInput(f"{method} has no setting {name!r}.{near(name, types_)}")
+    return _value(f"{method}, {name}: {text!r}", types_[name], text.strip())
 
 
 def parse(methods: Iterable[str], settings: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -104,6 +189,27 @@ def _owner(path: str, fields: Mapping[str, Mapping[str, Any]]) -> tuple[str, str
 def _field_types(config: type) -> dict[str, Any]:
     hints = typing.get_type_hints(config)
     return {field.name: hints[field.name] for field in dataclasses.fields(config) if field.init}
+
+
+def _described(config: type) -> dict[str, str]:
+    """Field → its lines in the section `Args:` or `Attributes:` of the docstring."""
+    found: dict[str, list[str]] = {}
+    inside, lines = False, []
+    for line in (inspect.getdoc(config) or "").splitlines():
+        if line and not line.startswith(" "):
+            inside = line in ("Args:", "Attributes:")
+        elif inside and (entry := _DESCRIBED.fullmatch(line)):
+            lines = [entry[2]]
+            found.update(dict.fromkeys(entry[1].split(", "), lines))
+        elif inside:
+            lines.append(line.strip())
+    return {name: " ".join(lines).strip() for name, lines in found.items()}
+
+
+def _choices(option: Any) -> list[str]:
+    if option is type(None):
+        return [NONE[0]]
+    return [str(choice) for choice in typing.get_args(option)] if typing.get_origin(option) is Literal else []
 
 
 def _value(where: str, hint: Any, text: str) -> Any:

@@ -46,6 +46,8 @@ class StageMethods:
         """Begin another run with what is in place, if that is what `configs` ask for; returns whether it is."""
         if list(configs) != self._configs or self._in_place != self._configs:
             return False
+        if self.handle and not self.handle.active:
+            return False  # others were put into the same pipeline since
         self._say, self._remarks, self._remark, self._past = say, list(remarks), "", ()
         if self.handle:
             self.handle.reset()

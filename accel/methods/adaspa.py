@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -35,7 +35,7 @@ _TOO_MANY_BRANCHES = 16
 
 @dataclass(frozen=True)
 class AdaSpa(Config):
-    """Adaptive block-sparse attention in the self-attention of video and image transformers; needs no training.
+    """Adaptive block-sparse attention in video and image transformers: less work for long clips; needs no training.
 
     Up to the first search step attention is dense. A search computes all scores exactly, block by block, and keeps in
     each row of blocks those with the largest share of the attention; later steps compute only these.
@@ -69,7 +69,7 @@ class AdaSpa(Config):
     recall_threshold: float = 0.8
     text_sink: bool = True
     dense_layers: tuple[int, ...] = ()
-    reorder: str = "none"
+    reorder: Literal["none", "tile"] = "none"
     min_tokens: int = 4096
 
     def __post_init__(self) -> None:

@@ -28,6 +28,8 @@ class Config:
 
     #: The setting, if any, of which both sides of a picture must be multiples, in tokens.
     grid_setting: ClassVar[str | None] = None
+    #: The settings that name files to be opened.
+    files: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def grid_multiple(self) -> int:

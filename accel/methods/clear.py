@@ -31,7 +31,7 @@ _POOLED_TOKENS = 10
 
 @dataclass(frozen=True)
 class Clear(Config):
-    """Circular local attention in every joint attention layer of an image transformer (FLUX, SD3, Qwen-Image, Z-Image).
+    """Circular local attention in image transformers (FLUX, SD3, Qwen-Image, Z-Image): less work for large pictures.
 
     Without `weights` the model's own are used, untrained for it: the smaller the radius, the more a picture repeats
     itself.
@@ -57,6 +57,7 @@ class Clear(Config):
 
     name: ClassVar[str] = "clear"
     grid_setting: ClassVar[str] = "down_factor"
+    files: ClassVar[frozenset[str]] = frozenset({"weights"})
     for_large: ClassVar[Mapping[str, Any]] = {"ntk_factor": 1.0, "ntk_decay": False, "proportional_attention": False}
 
     radius: float | None = 16

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ ShiftRule = Callable[[int, str], int]
 
 @dataclass(frozen=True)
 class HiDiffusion(Config):
-    """Settings of HiDiffusion.
+    """A Stable Diffusion U-Net above the size it was trained for: fewer repeated objects, less work; needs no training.
 
     Args:
         raunet: use the resolution-aware U-Net.
@@ -64,19 +64,19 @@ class HiDiffusion(Config):
     raunet: bool = True
     window_attention: bool = True
     windows: tuple[int, int] = (2, 2)
-    shift: str | ShiftRule = "step"
-    odd_grids: str = "exact"
+    shift: Literal["step", "layer"] | ShiftRule = "step"
+    odd_grids: Literal["exact", "resize"] = "exact"
     active_above: float = 1.5
     t1: float | None = None
     t2: float | None = None
     aggressive: bool | float | None = None
-    family: str | None = None
+    family: Literal["sd15", "sdxl", "sdxl-turbo"] | None = None
     seed: int = 0
-    by: str = "steps"
+    by: Literal["steps", "noise"] = "steps"
     round_up: bool = False
     large_side: int | None = None
     controlnet_end: float = 0.6
-    controlnet_resize: str = "nearest"
+    controlnet_resize: Literal["nearest", "area", "bicubic"] = "nearest"
 
     def __post_init__(self) -> None:
         if isinstance(self.family, str):
@@ -220,6 +220,7 @@ class HiDiffusionStrategy(Strategy):
             layout.place = places.get(name, Place())
             if layout.grid and name in self.layers:
                 layout.plan = self._window_plan(name.removesuffix(".attn1"), layout.grid)
+        self._count_step(windows=any(layouts[name].plan is not None for name in self.layers if name in layouts))
         controls = ("down_block_additional_residuals", "mid_block_additional_residual")
         if self._has_controlnet and self._controlnet_has_ended() and call.first(*controls) is not None:
             for name in controls:
@@ -351,12 +352,16 @@ class HiDiffusionStrategy(Strategy):
             self._run = run
             runs.append({"latent": f"{size[0]}x{size[1]}", "steps": clock.steps, "state": state})
             runs[-1].update({name: list(bounds) for name, bounds in ranges.items()})
-            runs[-1].update(conv_steps=0, pool_steps=0)
+            runs[-1].update(conv_steps=0, pool_steps=0, windows_steps=0)
             self._counted: set[int] = set()
-        if clock.step is not None and clock.step not in self._counted:
-            self._counted.add(clock.step)
-            runs[-1]["conv_steps"] += self._conv_on
-            runs[-1]["pool_steps"] += self._pool_on
+
+    def _count_step(self, *, windows: bool) -> None:
+        step, run = self.context.clock.step, self.context.recorder.runs[-1]
+        if step is not None and step not in self._counted:
+            self._counted.add(step)
+            run["conv_steps"] += self._conv_on
+            run["pool_steps"] += self._pool_on
+            run["windows_steps"] += windows
 
 
 def _is_int(value: object) -> bool:

@@ -101,6 +101,7 @@ def structure_of(unet: Any, pipeline: Any, config: HiDiffusion) -> Structure:
         )
     name = f"{getattr(pipeline, 'name_or_path', '') or ''} {unet.config.get('_name_or_path') or ''}".lower()
     sample_size = unet.config.sample_size
+    family: str
     if asked is not None:
         family, why = asked, "as asked"
     elif found == "sdxl" and (sample_size == 64 or "turbo" in name):

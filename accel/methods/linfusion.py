@@ -7,7 +7,7 @@ import numbers
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ _FP16_UNSTABLE = "Yuanshi/LinFusion-2-1"
 
 @dataclass(frozen=True)
 class LinFusion(Config):
-    """Linear attention in every self-attention layer of an SD 1.5, SD 2.1 or SDXL U-Net.
+    """Linear self-attention in an SD 1.5, SD 2.1 or SDXL U-Net, by distilled weights: less work for large pictures.
 
     The weights replace the projections of these layers. Adapters in use or fused (LoRA) add to them what they add to
     the U-Net's own; an adapter that was fused and unloaded is part of those, and so, like any fine-tuning of these
@@ -46,8 +46,9 @@ class LinFusion(Config):
     """
 
     name: ClassVar[str] = "linfusion"
+    files: ClassVar[frozenset[str]] = frozenset({"weights"})
 
-    weights: str | None = AUTO
+    weights: Literal["auto"] | str | None = "auto"
     eps: float = 1e-4
 
     def __post_init__(self) -> None:

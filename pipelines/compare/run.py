@@ -15,11 +15,12 @@ from ...accel.methods import methods
 from .. import save, settings, task
 from ..errors import BadInput, JobFailed
 from ..job import Job
+from ..routes import Stage
 from ..session import Session
 from ..task import Task
 from . import files, text
 from .figures import Comparison, Outcome, Shot
-from .studio import Bar, Studio
+from .studio import Bar, Studio, Watcher
 from .variants import DENSE, Variant
 
 WORK = ".work"
@@ -42,6 +43,9 @@ def compare(
     progress: bool = False,
     say: Say = lambda text: None,
     stopping: AbstractContextManager[Callable[[], bool]] | None = None,
+    session: Session | None = None,
+    watch: Callable[[int, Sequence[Stage]], Watcher] | None = None,
+    work: Path | None = None,
 ) -> Comparison:
     """Makes a picture or clip of every prompt and seed, with dense attention and with every variant.
 
@@ -55,10 +59,16 @@ def compare(
         progress: draw a bar.
         say: is told of defects.
         stopping: is entered for the runs; gives whether to end after the next step.
+        session: of the job, with its model in memory, and left so; without, the model is loaded and let go.
+        watch: makes what is told of the runs, in place of the bar and of `stopping`, by how many runs there are and by
+            the stages of each.
+        work: an empty folder for the frames of clips, each clip's named by its file; they are left there. Without, they
+            are not kept.
 
     Raises:
         BadInput, UnsupportedModel, WeightsError: nothing can be compared as asked for; nothing was run or written.
         JobFailed: the model could not be read, or the results not be written.
+        KeyboardInterrupt: before the first picture was made; nothing was written.
     """
     check_folder(folder)
     shots = shots_of(prompts, seeds)
@@ -66,8 +76,8 @@ def compare(
     task.check(job)
     for variant in variants:
         settings.build({name: values for name, values in variant.methods.items() if name != settings.AUTO})
-    with Session(job) as session:
-        studio = Studio(session, job, folder, folder / WORK)
+    with nullcontext(session) if session else Session(job) as session:
+        studio = Studio(session, job, folder, work or folder / WORK)
         dense = studio.plan(DENSE)
         notes = []
         if not variants:
@@ -75,21 +85,24 @@ def compare(
             notes.append(said)
         plans = studio.plans(dense, variants)
         comparison = _comparison(dense, plans, shots, command, notes, _warm_up_steps(dense, session))
-        bar = Bar(len(shots) * len(plans), dense.stages, progress)
+        runs = len(shots) * len(plans)
+        bar = Bar(runs, dense.stages, progress)
         try:
             with _said_in_a_line(folder):
                 folder.mkdir(exist_ok=True)
-                studio.work.mkdir()
-            with suppress(KeyboardInterrupt), stopping or nullcontext(lambda: False) as bar.stop:
-                _run(studio, comparison, plans, bar, say)
-            if not comparison.outcomes:
-                raise KeyboardInterrupt  # before the first picture
+                studio.work.mkdir(exist_ok=True)
+            try:
+                with stopping or nullcontext(bar.stop) as bar.stop:
+                    _run(studio, comparison, plans, watch(runs, dense.stages) if watch else bar, say)
+            except KeyboardInterrupt:
+                if not comparison.outcomes:
+                    raise  # before the first picture
             with _said_in_a_line(folder):
                 files.write(comparison, folder, studio.frames)
         finally:
             bar.close()
             # What a route keeps for going on belongs to a picture that nobody will go on with.
-            for rest in (studio.work, *folder.glob(".*.stages")):
+            for rest in (folder / WORK, *folder.glob(".*.stages")):
                 shutil.rmtree(rest, ignore_errors=True)
             with suppress(OSError):
                 folder.rmdir()  # nothing was made
@@ -147,7 +160,7 @@ def applicable(studio: Studio) -> tuple[list[Variant], str]:
     return found, "; ".join(["no --method given, so all that apply are compared", *left_out]) + "."
 
 
-def _run(studio: Studio, comparison: Comparison, plans: dict[Variant, Task | str], bar: Bar, say: Say) -> None:
+def _run(studio: Studio, comparison: Comparison, plans: dict[Variant, Task | str], watch: Watcher, say: Say) -> None:
     shots, variants = comparison.shots, comparison.variants
     cold = {variant: plan for variant, plan in plans.items() if isinstance(plan, Task)}
     if comparison.record["compile"]:
@@ -157,18 +170,18 @@ def _run(studio: Studio, comparison: Comparison, plans: dict[Variant, Task | str
         # In turn, so that a machine that slows down does so for all, and each is first at some time.
         count = len(variants)
         order = [(shot, variants[(turn + place) % count]) for turn, shot in enumerate(shots) for place in range(count)]
-        for ready in cold.values():
-            studio.warm_up(ready, comparison.warm_up_steps)
+        for variant, ready in cold.items():
+            studio.warm_up(variant, ready, comparison.warm_up_steps, watch)
         cold.clear()
     for shot, variant in order:
-        bar.start(variant.name)
+        watch.next_run(variant.name)
         plan = plans[variant]
         if isinstance(plan, str):
             outcome = Outcome(error=plan)
         else:
             if variant in cold:
-                studio.warm_up(cold.pop(variant), comparison.warm_up_steps)
-            outcome = studio.make(comparison, shot, variant, bar, say)
+                studio.warm_up(variant, cold.pop(variant), comparison.warm_up_steps, watch)
+            outcome = studio.make(comparison, shot, variant, watch, say)
         comparison.outcomes[shot.number, variant.name] = outcome
         studio.liken(comparison, shot, say)
 

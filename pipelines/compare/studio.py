@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from ..diffusers_log import heard_from_diffusers
 from ..errors import BadInput, JobFailed
 from ..job import Job
 from ..routes import Stage
+from ..run import Watch
 from ..session import Result, Session
 from ..stage_methods import StageMethods
 from ..task import Task
@@ -34,6 +35,16 @@ from .variants import DENSE, Variant, ids, slug
 LONGEST_HEARD = 300
 # Of the user's making, so that the message says it all.
 SAID = (BadInput, JobFailed, UnsupportedModel, WeightsError)
+
+
+class Watcher(Watch, Protocol):
+    """Is told how far a comparison has come; by a `KeyboardInterrupt` from any of these it ends within a step."""
+
+    def next_run(self, name: str) -> None:
+        """The next run that counts begins, of the variant of that name."""
+
+    def say(self, text: str) -> None:
+        """What is done meanwhile that is none of the runs."""
 
 
 class Studio:
@@ -94,20 +105,20 @@ class Studio:
         """
         return self.session.plan(dataclasses.replace(self._job, methods=variant.methods, **own))
 
-    def warm_up(self, plan: Task, steps: int) -> None:
+    def warm_up(self, variant: Variant, plan: Task, steps: int, watch: Watcher) -> None:
         """A run that is not timed, nor kept. What is said, or goes wrong, will be so again when it counts."""
         picture, frames = self.work / f"warm-up{self._kind}", self.work / "warm-up"
         own: dict[str, Any] = {"output": None if self._makes_clips else picture, "frames_dir": self._clip(frames)}
         with suppress(Exception), heard_from_diffusers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             job = dataclasses.replace(self._job, methods=plan.job.methods, steps=steps, **own)
-            self.session.make([self.session.plan(job)])
+            self.session.make([self.session.plan(job)], watch=WarmUp(watch, variant.name))
         picture.unlink(missing_ok=True)
         shutil.rmtree(frames, ignore_errors=True)
         _let_go()
 
     def make(
-        self, comparison: Comparison, shot: Shot, variant: Variant, bar: Bar, say: Callable[[str], None]
+        self, comparison: Comparison, shot: Shot, variant: Variant, watch: Watcher, say: Callable[[str], None]
     ) -> Outcome:
         """Makes one picture or clip; what goes wrong is an outcome."""
         output = self.folder / f"{self._name(shot, variant)}{self._kind}"
@@ -115,7 +126,7 @@ class Studio:
             try:
                 frames = self._clip(self.frames(output.name))
                 plan = self.plan(variant, output=output, frames_dir=frames, prompt=shot.prompt, seed=shot.seed)
-                [result] = self.session.make([plan], watch=bar)
+                [result] = self.session.make([plan], watch=watch)
                 outcome = _outcome(result)
             except Exception as error:
                 outcome = _failed(error, say)
@@ -202,6 +213,25 @@ def _failed(error: Exception, say: Callable[[str], None]) -> Outcome:
     return Outcome(error=said)
 
 
+class WarmUp:
+    """Watches a run that does not count for another, which may end it."""
+
+    def __init__(self, watch: Watcher, name: str) -> None:
+        self._watch, self._name = watch, name
+
+    def begin(self, stage: Stage) -> None:
+        self.reach(stage, 0)
+
+    def reach(self, stage: Stage, step: int) -> None:
+        self._watch.say(f"warm-up of {self._name}, step {min(step, stage.steps)} of {stage.steps}")
+
+    def frame_done(self, total: int) -> None:
+        self._watch.say(f"warm-up of {self._name}")
+
+    def close(self) -> None:
+        """There is nothing to."""
+
+
 class Bar:
     """One bar over the denoising steps of all runs, drawn where the whole takes more than two seconds.
 
@@ -215,7 +245,7 @@ class Bar:
         self._runs, self._run = runs, 0
         self._bar = tqdm(total=runs * sum(self._steps), disable=not shown, delay=2)
 
-    def start(self, name: str) -> None:
+    def next_run(self, name: str) -> None:
         self._run += 1
         self._bar.set_description(f"{self._run} of {self._runs}, {name}", refresh=False)
         self._to(0)
@@ -227,6 +257,9 @@ class Bar:
         self._to(sum(self._steps[: stage.number - 1]) + min(step, stage.steps))
 
     def frame_done(self, total: int) -> None:
+        self._check()
+
+    def say(self, text: str) -> None:
         self._check()
 
     def close(self) -> None:

@@ -306,3 +306,43 @@ def test_a_run_of_adaspa_makes_a_screen_a_picture_and_masks(tmp_path: Path, monk
 
 def _density(masks: list[BlockMask], head: int) -> float:
     return sum(mask.to_dense()[0, head].float().mean().item() for mask in masks) / len(masks)
+
+
+def test_for_a_narrow_page_recall_is_below_density_in_the_same_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = corners(monkeypatch)
+    image = report_pictures.draw(Report((searched(), searched())), beside=False)
+    assert [each.title.split(":")[0] for each, _ in maps] == ["Density", "Recall"] * 2
+    places = [place for _, place in maps]
+    assert len({place.left for place in places}) == 1
+    assert all(above.top + above.height < below.top for above, below in itertools.pairwise(places))
+    for each, place in maps:
+        for row, head in itertools.product(range(3), range(HEADS)):
+            assert image.getpixel(near(place.box(row, head))) == each.scale.colour(each.cells[row][head])
+    assert image.width < 600
+
+
+def test_every_mask_that_can_be_drawn_is_listed_with_what_it_keeps() -> None:
+    kept = torch.zeros(2, 3, 4, 4, dtype=torch.bool)
+    kept[..., 0] = True
+    kept[1, 2, :, :3] = True
+    values = [branch([[0.25] * 3, [0.25, 0.25, 0.75]], [RECALL[0], RECALL[1]])]
+    masks = {("blocks.1.attn1", 0): BlockMask.from_dense(kept)}
+    report = Report((denoiser([], values),), (Details({}, {}, (), masks),))
+    [found] = report_pictures.masks(report)
+    assert (found.number, found.name) == (1, "blocks.1.attn1")
+    assert list(found.kept) == [(0, item, head) for item in range(2) for head in range(3)]
+    assert list(found.kept.values()) == pytest.approx([0.25] * 5 + [0.75])
+    assert found.recall[0, 1, 2] == RECALL[1][2]
+    for branch_, item, head in found.kept:
+        report.mask_image(found.number, head, branch=branch_, item=item)
+    assert report_pictures.masks(Report((searched(),))) == ()
+
+
+def test_rows_of_several_have_the_number_of_their_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(heat_map.ImageDraw.ImageDraw, "text", lambda self, at, said, **more: written.append(said))
+    image = Image.new("RGB", (700, 700))
+    rows = [[0.5] * 10, [0.5] * 3]
+    heat_map.HeatMap("", "", rows, 32, Scale(0, 1, 0.2), 10).draw(image, 0, 0, down="layer", across="+")
+    assert {"32", "42"} <= set(written)
+    assert written.count("0.50") == 13

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from attnswap.pipelines import settings
@@ -14,6 +15,22 @@ from attnswap.pipelines.errors import BadInput
 
 @dataclass(frozen=True)
 class Alpha:
+    """Windows that move
+    from step to step.
+
+    More on it.
+
+    Attributes:
+        windows: along height and width, which may
+            take a second line.
+        steps, eps: both of them.
+
+    Raises:
+        ValueError: for nothing.
+    """
+
+    files: ClassVar[frozenset[str]] = frozenset({"weights"})
+
     windows: tuple[int, int] = (2, 2)
     steps: tuple[int | float, ...] = (10, 0.5)
     fast: bool = True
@@ -21,7 +38,9 @@ class Alpha:
     t1: float | None = None
     aggressive: bool | float | None = None
     shift: Literal["step", "layer"] | Callable[[int], int] = "step"
-    weights: str | None = "auto"
+    weights: Literal["auto"] | str | None = "auto"
+    when: Callable[[int], bool] | None = None
+    only_python: Callable[[int], bool] = bool
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Alpha:
@@ -144,3 +163,78 @@ def test_every_real_method_can_be_set_from_the_command_line(monkeypatch: pytest.
         for field in dataclasses.fields(config):
             setting = f"{field.name}={getattr(config(), field.name)}"
             assert settings.build(settings.parse([name], [setting])) == [config()], setting
+
+
+def test_a_setting_says_how_it_may_be_given() -> None:
+    found = {setting.name: setting for setting in settings.settings_of("alpha")}
+    assert {name: (setting.kind, setting.choices) for name, setting in found.items()} == {
+        "windows": ("text", ()),
+        "steps": ("text", ()),
+        "fast": ("switch", ("yes", "no")),
+        "eps": ("text", ()),
+        "t1": ("text", ("none",)),
+        "aggressive": ("text", ("none",)),
+        "shift": ("choice", ("step", "layer")),
+        "weights": ("choice", ("auto", "none")),
+        "when": ("choice", ("none",)),
+    }
+    assert [name for name, setting in found.items() if setting.names_file] == ["weights"]
+
+
+def test_what_only_python_can_give_is_no_setting() -> None:
+    assert "only_python" not in [setting.name for setting in settings.settings_of("alpha")]
+
+
+def test_help_comes_from_the_docstring() -> None:
+    found = {setting.name: setting.help for setting in settings.settings_of("alpha")}
+    assert found["windows"] == "along height and width, which may take a second line."
+    assert found["steps"] == found["eps"] == "both of them."
+    assert found["fast"] == ""
+    assert settings.summary_of("alpha") == "Windows that move from step to step."
+
+
+def test_defaults_are_shown_as_they_are_written() -> None:
+    shown = {setting.name: setting.shown for setting in settings.settings_of("alpha")}
+    assert (shown["windows"], shown["fast"], shown["t1"], shown["shift"]) == ("2, 2", "yes", "none", "step")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("windows", (4, 2)), ("steps", ()), ("steps", (10,)), ("fast", False), ("t1", None), ("aggressive", 0.16)],
+)
+def test_what_is_shown_is_read_again(name: str, value: object) -> None:
+    assert settings.read_value("alpha", name, settings.shown(value)) == value
+
+
+def test_a_single_value_that_is_none_names_its_setting_and_what_it_takes() -> None:
+    with pytest.raises(BadInput, match="alpha, t1: 'much': expected none or a number"):
+        settings.read_value("alpha", "t1", "much")
+    with pytest.raises(BadInput, match=r"no setting 't2'\. Did you mean t1"):
+        settings.read_value("alpha", "t2", "1")
+    with pytest.raises(BadInput, match="unknown method 'gamma'"):
+        settings.read_value("gamma", "t1", "1")
+
+
+def test_every_setting_of_every_method_has_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for method, config in settings.known_methods().items():
+        found = settings.settings_of(method)
+        assert {setting.name for setting in found} == {field.name for field in dataclasses.fields(config)}
+        assert [setting.name for setting in found if not setting.help] == []
+        assert settings.summary_of(method)
+
+
+def test_every_default_of_every_method_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for method in settings.known_methods():
+        for setting in settings.settings_of(method):
+            assert settings.read_value(method, setting.name, setting.shown) == setting.default
+
+
+def test_no_setting_takes_any_text_but_those_declared_to_name_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for method, config in settings.known_methods().items():
+        hints = typing.get_type_hints(config)
+        names = [field.name for field in dataclasses.fields(config)]
+        free = {name for name in names if str in (hints[name], *typing.get_args(hints[name]))}
+        assert free == {setting.name for setting in settings.settings_of(method) if setting.names_file}, method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import attnswap
@@ -185,3 +186,18 @@ def test_odd_grids_are_resized_as_published_only_when_asked_and_that_is_said() -
     assert largest_difference(results["exact"], results["resize"]) > 1e-3
     # Windows of four and more on even grids: both modes are the same.
     assert torch.equal(results["exact, even"], results["resize, even"])
+
+
+def test_the_report_counts_the_steps_in_which_layers_attended_in_windows() -> None:
+    pipe = slim("sd15")
+    for settings, expected in (
+        ({"active_above": 0}, 3),
+        ({"active_above": 0, "window_attention": False}, 0),
+        ({"active_above": 0, "windows": (99, 99)}, 0),
+        ({}, 0),
+    ):
+        with attnswap.enabled(pipe, attnswap.HiDiffusion(**settings)) as handle, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tiny.run(pipe, side=8, steps=3)
+            [run] = runs(handle)
+        assert run["windows_steps"] == expected, settings

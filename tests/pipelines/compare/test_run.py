@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from attnswap.pipelines.compare.variants import Variant, parse
 from attnswap.pipelines.errors import BadInput, JobFailed
 from attnswap.pipelines.generate import generate
 from attnswap.pipelines.job import Job
+from attnswap.pipelines.routes import Stage
 from attnswap.pipelines.session import Result, Session
 from attnswap.pipelines.task import Task
 from PIL import Image
@@ -414,3 +416,97 @@ class TestClips:
         run(never, model=str(tiny_wan), width=32, height=32, prompts=("a fox",), steps=1)
         assert {"stitched.gif", "1-a-fox-seed-0-dense.gif"} < names(folder)
         assert page.MIME[".gif"] in (folder / "compare.html").read_text()
+
+
+class TestOwnSession:
+    """A caller with a model in memory, who watches the runs."""
+
+    class Watched:
+        """Keeps what it is told, and ends the comparison at what it is to end at."""
+
+        def __init__(self, end: str | None = None) -> None:
+            self.told: list[str] = []
+            self._end = end
+
+        def say(self, text: str) -> None:
+            self.told.append(text)
+            if text == self._end:
+                raise KeyboardInterrupt
+
+        next_run = say
+
+        def begin(self, stage: Stage) -> None:
+            self.say(f"begin of {stage.steps}")
+
+        def reach(self, stage: Stage, step: int) -> None:
+            self.say(f"step {step}")
+
+        def frame_done(self, total: int) -> None:
+            self.say(f"a frame of {total}")
+
+        def close(self) -> None:
+            self.say("closed")
+
+    @pytest.fixture
+    def job(self, tiny_sd: Path) -> Job:
+        return Job("a fox", model=str(tiny_sd), steps=3, width=128, height=128)
+
+    @pytest.fixture
+    def own(self, job: Job) -> Iterator[Session]:
+        with Session(job) as session:
+            yield session
+
+    def compared(self, own: Session, job: Job, folder: Path, watched: Watched, **more: Any) -> Comparison:
+        given: dict[str, Any] = {"prompts": ("a fox",), "seeds": (0,), "folder": folder, **more}
+        return compare(job, HIDIFFUSION, session=own, watch=lambda runs, stages: watched, **given)
+
+    def test_is_told_of_warm_ups_and_of_each_run(self, own: Session, job: Job, folder: Path) -> None:
+        watched = self.Watched()
+        self.compared(own, job, folder, watched)
+        warm_ups = [f"warm-up of {name}, step {step} of 2" for name in ("dense", "hidiffusion") for step in range(3)]
+        assert list(dict.fromkeys(watched.told[: watched.told.index("dense")])) == warm_ups
+        runs = watched.told[watched.told.index("dense") :]
+        one = ["begin of 3", "step 1", "step 2", "step 3"]
+        assert list(dict.fromkeys(runs[: runs.index("hidiffusion")])) == ["dense", *one]
+        assert "closed" not in watched.told
+
+    def test_stays_open_with_what_it_had_in_place(self, own: Session, job: Job, folder: Path, tmp_path: Path) -> None:
+        fast = own.plan(dataclasses.replace(job, methods={"hidiffusion": {}}, output=tmp_path / "a.png"))
+        [before] = own.make([fast])
+        self.compared(own, job, folder, self.Watched())
+        [after] = own.make([fast])
+        assert after.report is not None
+        assert after.report.density == before.report.density < 1
+        assert np.array_equal(np.asarray(after.image), np.asarray(before.image))
+
+    def test_puts_its_method_in_again_where_a_comparison_ended_at_once(
+        self, own: Session, job: Job, folder: Path, tmp_path: Path
+    ) -> None:
+        fast = own.plan(dataclasses.replace(job, methods={"hidiffusion": {}}, output=tmp_path / "a.png"))
+        [before] = own.make([fast])
+        with pytest.raises(KeyboardInterrupt):
+            self.compared(own, job, folder, self.Watched("warm-up of dense, step 0 of 2"))
+        [after] = own.make([fast])
+        assert after.report.density == before.report.density < 1
+
+    def test_ends_it_in_a_warm_up(self, own: Session, job: Job, folder: Path) -> None:
+        watched = self.Watched("warm-up of hidiffusion, step 1 of 2")
+        with pytest.raises(KeyboardInterrupt):
+            self.compared(own, job, folder, watched)
+        assert watched.told[-1] == "warm-up of hidiffusion, step 1 of 2"
+        assert not folder.exists()
+
+    def test_ends_it_in_a_run_and_keeps_those_before(self, own: Session, job: Job, folder: Path) -> None:
+        found = self.compared(own, job, folder, self.Watched("hidiffusion"))
+        assert [name for _, name in found.outcomes] == ["dense"]
+        assert names(folder) == RESULTS | {"1-a-fox-seed-0-dense.png"}
+
+    def test_gets_the_frames_of_clips(self, tiny_wan: Path, folder: Path, tmp_path: Path) -> None:
+        pytest.importorskip("av")
+        job = Job("a fox", model=str(tiny_wan), steps=1, width=32, height=32)
+        adaspa = parse([(["adaspa"], ["sparsity=0.5", "min_tokens=0", "block=16,16", "search_steps=1"])])
+        (work := tmp_path / "work").mkdir()
+        found = compare(job, adaspa, prompts=("a fox",), seeds=(0,), folder=folder, work=work)
+        files = {Path(outcome.file).stem for outcome in found.outcomes.values()}
+        assert names(work) == files
+        assert all(len(list((work / stem).glob("frame-*.png"))) == found.frames for stem in files)

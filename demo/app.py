@@ -1,0 +1,105 @@
+"""The whole page: its tabs, and what goes from one to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from . import endpoint
+from .compare_page import ComparePage
+from .history_page import HistoryPage
+from .inside_page import InsidePage
+from .make_page import MakePage
+
+if TYPE_CHECKING:
+    from .site import Site
+
+TITLE = "attnswap"
+ABOUT = """# attnswap
+Pictures and clips with faster attention. Make one with a method, compare it with the model as it is, and see inside
+what was accelerated. Everything runs on this machine."""
+# Seconds between two looks for copies that Gradio has made of files, and the age at which they go.
+COPIES = (600, 3600)
+#: For `launch`. The fonts come with Gradio.
+LOOK: dict[str, Any] = {
+    "theme": gr.themes.Default(
+        primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="md", spacing_size="md"
+    ).set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
+    ),
+    "css_paths": [Path(__file__).with_name("style.css")],
+    "footer_links": ["api", "settings"],
+}
+
+
+def build(site: Site) -> gr.Blocks:
+    """The page over what `site` offers; `launch(**LOOK)` shows it."""
+    with gr.Blocks(analytics_enabled=False, title=TITLE, delete_cache=COPIES) as blocks:
+        gr.Markdown(ABOUT, elem_id="about")
+        with gr.Tabs(overflow_behavior="wrap", elem_id="tabs") as tabs:
+            with gr.Tab("Image", id="image", elem_id="tab-image"):
+                image = MakePage(site, clips=False)
+            with gr.Tab("Video", id="video", elem_id="tab-video") as video_tab:
+                video = MakePage(site, clips=True)
+            with gr.Tab("Compare", id="compare", elem_id="tab-compare"):
+                compare = ComparePage(site)
+            with gr.Tab("Inside", id="inside", elem_id="tab-inside"):
+                inside = InsidePage(site)
+            with gr.Tab("History", id="history", elem_id="tab-history"):
+                history = HistoryPage(site)
+        for page in (image, video, inside):
+            page.wire()
+        history.wire(image.form, video.form, tabs)
+        _stop(site, [image, video], compare.wire())
+        _prepare(image, blocks.load)
+        _prepare(video, video_tab.select)
+
+        def gone(request: gr.Request) -> None:
+            site.visitors.gone(request)
+
+        blocks.unload(gone)
+    return blocks
+
+
+def _stop(site: Site, pages: list[MakePage], compared: Any) -> None:
+    """Stop ends whatever the visitor has running or waiting; that of the comparison shows what was finished, too."""
+    events = [*(page.made for page in pages), compared]
+    for page in pages:
+
+        def stop(request: gr.Request, status: str, page: MakePage = page) -> str:
+            return page.stopped(site.worker.stop(site.visitors.of(request).name), status)
+
+        first = page is pages[0]
+        page.stop.click(
+            endpoint.named(stop, ["status"]),
+            [page.status],
+            [page.status],
+            cancels=events,
+            queue=False,
+            show_progress="hidden",
+            api_name="stop" if first else f"stop_{page.kind}",
+            api_visibility="public" if first else "undocumented",
+            api_description="Stop what you have running or waiting; says how far it came.",
+        )
+
+
+def _prepare(page: MakePage, shown: Any) -> None:
+    """As soon as the page is shown, and when another model is chosen there."""
+    gr.on(
+        [shown, page.form.controls["model"].change],  # type: ignore[attr-defined]
+        endpoint.named(page.prepare, page.form.names),
+        page.form.inputs,
+        [page.form.estimate],
+        preprocess=False,
+        api_name="prepare" if not page.clips else "prepare_video",
+        api_visibility="undocumented",
+        concurrency_id=endpoint.DEVICE,
+        concurrency_limit=1,
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )

@@ -1,0 +1,258 @@
+"""The page in a browser: what a newcomer does, at the width of a desk and of a phone.
+
+Screenshots are left in out/screenshots, which git ignores.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attnswap.demo.site import Site
+from attnswap.pipelines import save
+from attnswap.pipelines.job import Job
+from attnswap.pipelines.session import Session
+
+sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
+
+SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+PATIENCE = 30_000  # ms
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page is not tested in a browser: no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any, server: tuple[str, Site]) -> Iterator[Callable[..., Any]]:
+    """Opens the page as a visitor of its own; in the end, nothing was asked of another machine, and nothing broke."""
+    url, asked, broken, contexts = server[0], [], [], []
+
+    def open_page(size: dict[str, int] = DESK, **how: Any) -> Any:
+        context = browser.new_context(viewport=size, reduced_motion="reduce", **how)
+        contexts.append(context)
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: broken.append(str(error)))
+        page.goto(url)
+        expect(page.locator("#image-go")).to_be_visible(timeout=PATIENCE)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    hosts = {urllib.parse.urlsplit(each).hostname for each in asked if each.startswith(("http", "ws"))}
+    assert hosts == {"127.0.0.1"}
+    assert not broken
+
+
+def shot(page: Any, name: str) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+
+def tab(page: Any, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def fill(page: Any, field: str, value: str) -> None:
+    """`field` is an elem_id."""
+    box = page.locator(f"#{field} textarea, #{field} input").first
+    box.fill(value)
+    box.press("Tab")
+
+
+def choose(page: Any, field: str, value: str) -> None:
+    """An entry of a dropdown."""
+    page.locator(f"#{field} input").first.click()
+    page.get_by_role("option", name=value, exact=True).click()
+
+
+def finish(page: Any, kind: str) -> None:
+    """Waits until the result is there."""
+    expect(page.locator(f"#{kind}-status")).to_contain_text(re.compile(r"\d s\b.*"), timeout=PATIENCE)
+    expect(page.locator(f"#{kind}-download")).to_be_visible(timeout=PATIENCE)
+
+
+class TestANewcomer:
+    def test_gets_a_picture_and_sees_what_was_accelerated(self, visit: Callable[..., Any]) -> None:
+        page = visit()
+        fill(page, "image-prompt", "a fox on a blue background")
+        fill(page, "image-width", "128")
+        fill(page, "image-height", "128")
+        choose(page, "image-method", "hidiffusion")
+        expect(page.locator("#image-estimate")).to_contain_text("256 tokens")
+        page.locator("#image-go").click()
+        expect(page.locator("#image-status")).to_contain_text("hidiffusion", timeout=PATIENCE)
+        with page.expect_download() as download:
+            page.locator("#image-download").click()
+        assert save.read_record(Path(download.value.path()))["methods"]["hidiffusion"]["windows"] == [2, 2]
+        shot(page, "image-desk")
+        tab(page, "Inside")
+        expect(page.locator("#inside-summary")).to_contain_text("hidiffusion")
+        expect(page.locator("#inside-phases img")).to_be_visible()
+        shot(page, "inside-desk")
+
+    def test_sees_the_picture_come_about(self, visit: Callable[..., Any]) -> None:
+        page = visit()
+        fill(page, "image-width", "256")
+        fill(page, "image-height", "256")
+        page.locator("#image-go").click()
+        seen: set[str] = set()
+        while len(seen) < 3:
+            expect(page.locator("#image-result img")).to_be_visible()
+            seen.add(page.locator("#image-result img").get_attribute("src") or "")
+        expect(page.locator("#image-status")).to_contain_text("left")
+        shot(page, "running-desk")
+
+    def test_gets_a_clip_that_plays(self, visit: Callable[..., Any]) -> None:
+        page = visit()
+        tab(page, "Video")
+        fill(page, "video-steps", "3")
+        choose(page, "video-method", "adaspa")
+        page.locator("#video-go").click()
+        expect(page.locator("#video-download")).to_be_enabled(timeout=PATIENCE)
+        expect(page.locator("#video-result video")).to_be_visible(timeout=PATIENCE)
+        page.wait_for_function("document.querySelector('#video-result video').readyState >= 2")
+        shot(page, "video-desk")
+
+    def test_compares_with_dense_attention(self, visit: Callable[..., Any]) -> None:
+        page = visit()
+        tab(page, "Compare")
+        fill(page, "compare-steps", "4")
+        fill(page, "compare-width", "128")
+        fill(page, "compare-height", "128")
+        choose(page, "compare-method", "hidiffusion")
+        page.locator("#compare-go").click()
+        expect(page.locator("#compare-slider img").first).to_be_visible(timeout=PATIENCE)
+        assert page.locator("#compare-slider img").count() == 2
+        expect(page.locator("#compare-table")).to_contain_text("PSNR")
+        for chart in ("time", "memory", "density"):
+            expect(page.locator(f"#compare-{chart} svg, #compare-{chart} canvas").first).to_be_visible()
+        shot(page, "compare-desk")
+
+
+class TestStop:
+    def test_ends_the_run_and_the_next_one_begins_at_once(self, visit: Callable[..., Any]) -> None:
+        page = visit()
+        fill(page, "image-width", "256")
+        fill(page, "image-height", "256")
+        fill(page, "image-steps", "20")
+        page.locator("#image-go").click()
+        expect(page.locator("#image-status")).to_contain_text("step", timeout=PATIENCE)
+        page.locator("#image-stop").click()
+        expect(page.locator("#image-status")).to_contain_text("Stopped after")
+        fill(page, "image-steps", "1")
+        page.locator("#image-go").click()
+        expect(page.locator("#image-download")).to_be_enabled(timeout=PATIENCE)
+        expect(page.locator("#image-status")).not_to_contain_text("Stopped", timeout=PATIENCE)
+
+
+class TestHistory:
+    def test_a_click_brings_all_settings_back(self, visit: Callable[..., Any]) -> None:
+        page = visit()
+        fill(page, "image-prompt", "an owl")
+        fill(page, "image-seed", "7")
+        fill(page, "image-steps", "2")
+        page.locator("#image-go").click()
+        expect(page.locator("#image-download")).to_be_enabled(timeout=PATIENCE)
+        fill(page, "image-prompt", "a banana")
+        fill(page, "image-seed", "8")
+        tab(page, "History")
+        shot(page, "history-desk")
+        page.locator("#history-gallery button.thumbnail-item, #history-gallery .thumbnail-item").first.click()
+        expect(page.locator("#image-prompt textarea")).to_have_value("an owl")
+        expect(page.locator("#image-seed input")).to_have_value("7")
+        expect(page.locator("#image-steps input").first).to_have_value("2")
+
+    def test_a_file_that_is_dropped_does_too(self, visit: Callable[..., Any], tmp_path: Path) -> None:
+        job = Job("a penguin", seed=11, steps=2, width=128, height=128, methods={"hidiffusion": {"t1": 0.25}})
+        with Session(job) as session:
+            session.make([session.plan(Job(**{**vars(job), "output": tmp_path / "penguin.png"}))])
+        page = visit()
+        tab(page, "History")
+        page.locator("#history-file input[type=file]").set_input_files(tmp_path / "penguin.png")
+        expect(page.locator("#image-prompt textarea")).to_have_value("a penguin")
+        expect(page.locator("#image-method input")).to_have_value("hidiffusion")
+        expect(page.locator("#image-hidiffusion-t1 input, #image-hidiffusion-t1 textarea")).to_have_value("0.25")
+
+    def test_a_file_of_another_program_is_refused_in_words(self, visit: Callable[..., Any], tmp_path: Path) -> None:
+        (tmp_path / "broken.png").write_bytes(b"no picture at all")
+        page = visit()
+        tab(page, "History")
+        page.locator("#history-file input[type=file]").set_input_files(tmp_path / "broken.png")
+        expect(page.get_by_text("not a readable PNG").first).to_be_visible()
+        expect(page.locator("#history-file")).to_be_visible()
+
+
+class TestAnError:
+    def test_is_a_message_and_the_page_lives_on(self, visit: Callable[..., Any]) -> None:
+        page = visit()
+        fill(page, "image-width", "65")
+        expect(page.locator("#image-estimate")).to_contain_text("multiple of 8")
+        page.locator("#image-go").click()
+        expect(page.get_by_text("width 65 is not a multiple of 8").first).to_be_visible()
+        shot(page, "error-desk")
+        fill(page, "image-width", "64")
+        fill(page, "image-steps", "1")
+        page.locator("#image-go").click()
+        expect(page.locator("#image-download")).to_be_enabled(timeout=PATIENCE)
+
+
+class TestAPhone:
+    def test_shows_every_page_without_scrolling_sideways(self, visit: Callable[..., Any]) -> None:
+        page = visit(PHONE, has_touch=True)
+        fill(page, "image-steps", "2")
+        page.locator("#image-go").click()
+        expect(page.locator("#image-download")).to_be_enabled(timeout=PATIENCE)
+        for name in ("Image", "Video", "Compare", "Inside", "History"):
+            open_on_phone(page, name)
+            assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
+            shot(page, f"{name.lower()}-phone")
+
+
+def open_on_phone(page: Any, name: str) -> None:
+    """Tabs that do not fit stand behind a button."""
+    found = page.get_by_role("tab", name=name, exact=True)
+    if not found.is_visible():
+        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-dropdown button", has_text=name).click()
+        return
+    found.click()
+
+
+def test_the_dark_theme_is_taken_from_the_system(visit: Callable[..., Any]) -> None:
+    page = visit(color_scheme="dark")
+    expect(page.locator("body")).to_have_class(re.compile("dark"))
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", background)[:3])) < 80
+    shot(page, "image-dark")
+
+
+def test_a_picture_is_made_with_the_keyboard_alone(visit: Callable[..., Any]) -> None:
+    page = visit()
+    page.locator("#image-prompt textarea").focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("a penguin")
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.closest('#image-go') !== null"):
+            break
+    else:
+        pytest.fail("Tab never came to the button")
+    page.keyboard.press("Enter")
+    expect(page.locator("#image-download")).to_be_enabled(timeout=PATIENCE)
