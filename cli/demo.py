@@ -59,7 +59,7 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..demo import serve
-    from ..demo.limits import Limits
+    from ..demo.server.limits import Limits
     from ..pipelines.job import Job
     from ..pipelines.printable import printable_lines
 

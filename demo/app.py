@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from . import endpoint
-from .compare_page import ComparePage
-from .history_page import HistoryPage
-from .inside_page import InsidePage
-from .make_page import MakePage
+from .pages.compare import ComparePage
+from .pages.history import HistoryPage
+from .pages.inside import InsidePage
+from .pages.make import MakePage
 
 if TYPE_CHECKING:
     from .site import Site

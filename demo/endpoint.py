@@ -14,8 +14,6 @@ from ..pipelines.errors import BadInput, JobFailed
 
 #: One at a time on the device, whichever page asks.
 DEVICE = "device"
-# Of the visitor's making or the machine's, so that the message says it all.
-SAID = (BadInput, JobFailed, UnsupportedModel, WeightsError)
 
 
 def named(handler: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:

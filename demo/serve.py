@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..pipelines.errors import BadInput, JobFailed
-from .folder import private_folder
+from .server.folder import private_folder
 
 if TYPE_CHECKING:
     from ..pipelines.job import Job
-    from .limits import Limits
+    from .server.limits import Limits
     from .site import Site
 
 # Requests of all visitors that may wait; more are refused with a message.
@@ -67,11 +67,11 @@ def serve(
     login = None if auth is None else credentials(auth)
     port = free_port(host, port)
     with _Ending() as ending, private_folder() as folder, _environment(folder):
-        from .pace import Pace
-        from .shelf import Shelf
+        from .cost.pace import Pace
+        from .server.shelf import Shelf
+        from .server.visitors import Visitors
+        from .server.worker import Worker
         from .site import Site
-        from .visitors import Visitors
-        from .worker import Worker
 
         shelf, worker = Shelf(models, job, weights), Worker()
         (made := folder / "made").mkdir()
@@ -174,8 +174,9 @@ def _launched(site: Site, **launch: Any) -> Iterator[tuple[str, str | None]]:
     """
     from starlette.middleware import Middleware
 
-    from . import app, uploads
-    from .gate import Gate
+    from . import app
+    from .server import uploads
+    from .server.gate import Gate
 
     blocks = app.build(site).queue(max_size=QUEUE, default_concurrency_limit=AT_ONCE)
     ours = {

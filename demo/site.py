@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .limits import Limits
-    from .pace import Pace
-    from .shelf import Shelf
-    from .visitors import Visitors
-    from .worker import Worker
+    from .cost.pace import Pace
+    from .server.limits import Limits
+    from .server.shelf import Shelf
+    from .server.visitors import Visitors
+    from .server.worker import Worker
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _png_text(path: Path) -> str | None:
-    with open_png(path) as image:
+    image = open_png(path)
+    with image:
         # Where another program has saved the file again, the text may stand behind the pixels.
         return image.info.get(KEY) or image.text.get(KEY)
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from attnswap.demo import serve
-from attnswap.demo.limits import Limits
-from attnswap.demo.pace import Pace
-from attnswap.demo.shelf import Shelf
+from attnswap.demo.cost.pace import Pace
+from attnswap.demo.server.limits import Limits
+from attnswap.demo.server.shelf import Shelf
+from attnswap.demo.server.visitors import Visitors
+from attnswap.demo.server.worker import Worker
 from attnswap.demo.site import Site
-from attnswap.demo.visitors import Visitors
-from attnswap.demo.worker import Worker
 
 LIMITS = Limits(max_size=256, max_frames=33, max_steps=20, max_prompt=200)
 

@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import pytest
 from attnswap.demo import serve
-from attnswap.demo.limits import Limits
-from attnswap.demo.pace import Pace
-from attnswap.demo.shelf import Shelf
+from attnswap.demo.cost.pace import Pace
+from attnswap.demo.server.limits import Limits
+from attnswap.demo.server.shelf import Shelf
+from attnswap.demo.server.visitors import Visitors
+from attnswap.demo.server.worker import Worker
 from attnswap.demo.site import Site
-from attnswap.demo.visitors import Visitors
-from attnswap.demo.worker import Worker
 from attnswap.pipelines.errors import BadInput, JobFailed
 from attnswap.pipelines.job import Job
 from PIL import Image

@@ -1,0 +1,1 @@
+"""What a picture or clip will cost, before it is made."""

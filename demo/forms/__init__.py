@@ -1,0 +1,1 @@
+"""What is asked for: controls, and the job that comes of them."""

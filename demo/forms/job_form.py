@@ -1,0 +1,412 @@
+"""What is to be made: the controls of a job, what they say as a `Job`, and a record put back into them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from gradio.components import Component
+from gradio.context import Context
+
+from ...accel.errors import UnsupportedModel
+from ...cli.job_options import ROUTES
+from ...pipelines import clip, guidance, image_input, task
+from ...pipelines.errors import BadInput
+from ...pipelines.job import Job
+from ..cost.estimate import estimate
+from ..endpoint import named
+from ..server import uploads
+from . import reading, recall
+from .method_form import MethodForm, refused
+from .reading import LABELS
+
+if TYPE_CHECKING:
+    from ..server.shelf import Offer
+    from ..server.visitors import Visitor
+    from ..site import Site
+
+# How often the native side.
+FACTORS = (1, 2, 3, 4, 6, 8)
+NATIVE, OWN = "native", "own"
+#: A number that is not given. Gradio shows None as 0.
+EMPTY = ""
+#: Estimates wait for one another, and for nothing else.
+ESTIMATES = "estimates"
+NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
+
+
+class JobForm:
+    """The controls of one picture or clip, in one column; what is left empty is as the model's preset has it.
+
+    To be built inside `gr.Blocks`. Events that take `inputs` are to be made with `preprocess=False`: Gradio would
+    refuse a choice that only another model has, and everything is checked here.
+
+    Args:
+        clips: whether of models that make clips; None for all.
+        elem: prefix of the elements' ids, and of the names of its events.
+        method: whether to ask for one.
+
+    Attributes:
+        inputs: The controls.
+        names: Of these at endpoints.
+        estimate: What it would cost, as it is chosen now.
+        method: The controls of the method.
+    """
+
+    def __init__(self, site: Site, *, clips: bool | None, elem: str, method: bool = True) -> None:
+        self.site, self._elem = site, elem
+        self.offers = tuple(offer for offer in site.shelf.offers if clips is None or offer.clips == clips)
+        self._clips, self._pictures = clips is not False, clips is not True
+        self.first = first = self.offers[0]
+        self.controls: dict[str, Component] = {}
+        props = self.props(first)
+        self._prompt(props)
+        self._add(gr.Dropdown, "model", props)
+        self.method = MethodForm(site, first, elem=elem) if method else None
+        self._size(props)
+        with gr.Row():
+            if self._clips:
+                self._add(gr.Number, "frames", props, min_width=120)
+                self._add(gr.Textbox, "fps", props, min_width=120)
+            self._add(gr.Number, "steps", props, min_width=120)
+            self._add(gr.Number, "guidance", props, min_width=120)
+            self._add(gr.Number, "true_cfg", props, min_width=120)
+            self._new_seed = gr.Button("New seed", size="sm", elem_id=f"{elem}-seed-new", render=False)
+            self._add(gr.Number, "seed", props, min_width=160, buttons=[self._new_seed])
+        self._route(props)
+        self._picture(props)
+        self.estimate = gr.Markdown(elem_id=f"{elem}-estimate", container=True, min_height=48)
+        of_method = self.method
+        self.inputs: list[Component] = [*self.controls.values(), *(of_method.inputs if of_method else ())]
+        self.names: list[str] = [*self.controls, *(of_method.names if of_method else ())]
+
+    # The controls.
+
+    def _add(self, kind: type[Component], name: str, props: dict[str, dict[str, Any]], **more: Any) -> None:
+        self.controls[name] = kind(
+            label=label(name),
+            elem_id=f"{self._elem}-{name.replace('_', '-')}",
+            interactive=True,
+            **more,
+            **props.get(name, {}),
+        )
+
+    def _prompt(self, props: dict[str, dict[str, Any]]) -> None:
+        self._add(gr.Textbox, "prompt", props, lines=2, max_lines=6)
+        self.examples = gr.Dataset(
+            components=[self.controls["prompt"]],
+            show_label=False,
+            samples=[[text] for text in examples(self.first)],
+            visible=bool(examples(self.first)),
+            elem_id=f"{self._elem}-examples",
+        )
+        self._add(gr.Textbox, "negative", props, lines=1, max_lines=4)
+
+    def _size(self, props: dict[str, dict[str, Any]]) -> None:
+        with gr.Row():
+            self.size = gr.Dropdown(
+                label="Size",
+                elem_id=f"{self._elem}-size",
+                filterable=False,
+                interactive=True,
+                min_width=240,
+                scale=2,
+                **self._sizes(self.first, None, None),
+            )
+            self._add(gr.Number, "width", props, min_width=100)
+            self._add(gr.Number, "height", props, min_width=100)
+
+    def _route(self, props: dict[str, dict[str, Any]]) -> None:
+        goals = [*(["larger pictures"] if self._pictures else []), *(["longer clips"] if self._clips else [])]
+        title, visible = f"Route to {' and '.join(goals)}", len(self.first.routes) > 1
+        self._routes = gr.Accordion(title, open=False, visible=visible, elem_id=f"{self._elem}-routes")
+        with self._routes:
+            self._add(gr.Dropdown, "route", props, filterable=False)
+            if self._clips:
+                with gr.Row():
+                    self._add(gr.Number, "window", props, min_width=120)
+                    self._add(gr.Number, "overlap", props, min_width=120)
+
+    def _picture(self, props: dict[str, dict[str, Any]]) -> None:
+        self._accordion = gr.Accordion(**self._accordion_props(self.first), elem_id=f"{self._elem}-picture")
+        with self._accordion:
+            sources = ["upload", "clipboard"]
+            self._add(
+                gr.Image, "image", props, type="filepath", image_mode=None, sources=sources, height=220, buttons=[]
+            )
+            if self._pictures:
+                self._add(gr.Number, "strength", props, step=0.05)
+
+    def props(self, offer: Offer) -> dict[str, dict[str, Any]]:
+        """Control → what it is like with a model, all values as its preset has them."""
+        native = offer.native
+
+        def usual(value: Any) -> dict[str, Any]:
+            return {"value": EMPTY, "placeholder": "" if value is None else f"default: {value}"}
+
+        return {
+            "prompt": {"value": next(iter(examples(offer)), ""), "placeholder": "what to show"},
+            "negative": {"value": "", "placeholder": "what not to show", "visible": offer.takes_negative},
+            "model": {"choices": [each.label for each in self.offers], "value": offer.label, "filterable": False},
+            "width": usual(native.width),
+            "height": usual(native.height),
+            "steps": usual(native.steps),
+            "guidance": usual(native.guidance and f"{native.guidance:g}"),
+            "true_cfg": {**usual(None), "visible": _has_true_cfg(offer)},
+            "seed": {"value": 0},
+            "frames": {**usual(native.frames), "visible": offer.clips},
+            "fps": {**usual(native.fps), "visible": offer.clips},
+            "route": {
+                "choices": [(f"{route}: {ROUTES[route]}", route) for route in offer.routes],
+                "value": offer.routes[0],
+            },
+            "window": {**usual(native.frames), "info": "Frames at a time.", "visible": False},
+            "overlap": {
+                "value": EMPTY,
+                "placeholder": "default: half",
+                "info": "Frames that two windows share.",
+                "visible": False,
+            },
+            "image": {"value": None, "visible": offer.takes_picture},
+            "strength": {
+                "value": EMPTY,
+                "placeholder": "default",
+                "info": "How much of it may change, above 0 to 1.",
+                "visible": _takes_strength(offer),
+            },
+        }
+
+    def _sizes(self, offer: Offer, width: int | None, height: int | None) -> dict[str, Any]:
+        """Of the control of presets: those within the limits, and the one that is chosen."""
+        native, largest = offer.native, self.site.limits.max_size
+        if native.width is None or native.height is None:
+            return {"visible": False, "choices": [], "value": None}
+        sides = [(factor, native.width * factor, native.height * factor) for factor in FACTORS]
+        known = [(factor, *size) for factor, *size in sides if max(size) <= largest]
+        choices = [
+            (f"native {wide}×{high}", NATIVE) if factor == 1 else (f"{factor}× {wide}×{high}", f"{wide}x{high}")
+            for factor, wide, high in known
+        ]
+        wide, high = width or native.width, height or native.height
+        now = NATIVE if (wide, high) == (native.width, native.height) else f"{wide}x{high}"
+        chosen = now if now in [value for _, value in choices] else OWN
+        beyond = f"Larger ones are beyond this server's {largest} pixels a side." if len(known) < len(sides) else None
+        return {"visible": True, "choices": [*choices, ("own width and height", OWN)], "value": chosen, "info": beyond}
+
+    def _accordion_props(self, offer: Offer) -> dict[str, Any]:
+        title = "Begin with a picture" + (": this model needs one" if offer.needs_picture else "")
+        return {"label": title, "open": offer.needs_picture, "visible": offer.takes_picture}
+
+    # What they say.
+
+    def job(self, values: Sequence[Any], visitor: Visitor) -> tuple[Offer, Job]:
+        """The job that the values of `inputs` ask for, without an output; nothing is opened but an upload.
+
+        Raises:
+            BadInput: a value that is none, is not offered, or is beyond the limits; with the control's label.
+        """
+        given = dict(zip(self.controls, values, strict=False))
+        offer = self.site.shelf.offer(
+            reading.one_of(given["model"], label("model"), [each.label for each in self.offers])
+        )
+        read: dict[str, Any] = {
+            "prompt": reading.text(given["prompt"], label("prompt")),
+            "negative": reading.text(given["negative"], label("negative")) or None,
+            "route": reading.one_of(given["route"], label("route"), offer.routes),
+            "seed": reading.whole(given["seed"], label("seed")) or 0,
+        }
+        for name in ("width", "height", "steps", "frames", "window", "overlap"):
+            read[name] = reading.whole(given.get(name), label(name))
+        for name in ("guidance", "true_cfg", "strength"):
+            read[name] = reading.number(given.get(name), label(name))
+        read["fps"] = _fps(given.get("fps"))
+        if self.method is not None:
+            read["methods"] = self.method.methods(values[len(self.controls) :], offer) or {}
+        upload = reading.file(given["image"], label("image"))
+        self._check(offer, read, upload)
+        try:
+            job = self.site.shelf.job(offer, **read)
+            self.site.limits.check(job)
+            task.check(dataclasses.replace(job, image=Path(upload) if upload else None))
+        except BadInput as error:
+            raise BadInput(reading.in_words(str(error))) from error
+        if upload is not None:
+            job = _with_picture(job, offer, uploads.picture(upload, visitor.folder))
+        return offer, job
+
+    def _check(self, offer: Offer, read: dict[str, Any], upload: str | None) -> None:
+        """
+        Raises:
+            BadInput: something is missing, or is given to a model that knows nothing of it.
+        """
+        if not read["prompt"].strip():
+            raise BadInput(f"{label('prompt')}: say what to show.")
+        if read["negative"] is not None and not offer.takes_negative:
+            raise BadInput(f"{label('negative')}: {offer.label} takes none.")
+        if not offer.clips:
+            for name in ("frames", "fps"):
+                if read[name] is not None:
+                    raise BadInput(f"{label(name)}: {offer.label} makes pictures, not clips.")
+        if upload is not None and not offer.takes_picture:
+            raise BadInput(f"{label('image')}: {offer.label} begins with none.")
+        if upload is None and offer.needs_picture:
+            raise BadInput(f"{label('image')}: {offer.label} begins with one; choose it.")
+        if upload is None and read["strength"] is not None:
+            raise BadInput(f"{label('strength')}: there is no picture to change.")
+
+    def restored(self, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Updates of `inputs` with which the same is made again, and what of the record they cannot say.
+
+        Raises:
+            BadInput: the record does not say how it was made.
+        """
+        return recall.restored(self, record)
+
+    # Events.
+
+    def wire(self) -> None:
+        """The events of the form itself."""
+        of = self.controls
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
+        raw: dict[str, Any] = {**quick, "preprocess": False}
+        elem = self._elem
+        self.examples.click(lambda chosen: chosen[0], self.examples, of["prompt"], **quick, api_name=f"{elem}_example")
+        self._new_seed.click(None, None, of["seed"], js=NEW_SEED, show_progress="hidden")
+        # By its user alone: a record that is put back brings its own values.
+        of["model"].input(self._for_model, self.inputs, self.inputs, **raw, api_name=f"{elem}_model")  # type: ignore[attr-defined]
+        around = [self.examples, self._routes, self._accordion, *((self.method.why_not,) if self.method else ())]
+        of["model"].change(self._around, of["model"], around, **raw, api_name=f"{elem}_around")  # type: ignore[attr-defined]
+        self.size.input(self._set_size, self.size, [of["width"], of["height"]], **raw, api_name=f"{elem}_size")
+        sized = [of["model"], of["width"], of["height"]]
+        usual = self.method.inputs if self.method else []
+        changes = [control.change for control in sized]  # type: ignore[attr-defined]
+        gr.on(changes, self._for_size, sized, [self.size, *usual], **raw, api_name=f"{elem}_sized")
+        if self._clips:
+            by_windows = [of["window"], of["overlap"]]
+            of["route"].change(self._for_route, of["route"], by_windows, **raw, api_name=f"{elem}_route")  # type: ignore[attr-defined]
+        self._wire_estimate()
+
+    def _wire_estimate(self) -> None:
+        texts = [self.controls["prompt"], self.controls["negative"]]
+        others = [control for control in self.inputs if control not in texts]
+        shared: dict[str, Any] = {
+            "inputs": self.inputs,
+            "outputs": self.estimate,
+            "preprocess": False,
+            "show_progress": "hidden",
+            "concurrency_id": ESTIMATES,
+            "concurrency_limit": 1,
+        }
+        handler, page = named(self._estimated, self.names), Context.root_block
+        assert page is not None  # this is called inside of it
+        events = [control.change for control in others] + [text.blur for text in texts]  # type: ignore[attr-defined]
+        gr.on(events, handler, **shared, trigger_mode="always_last", api_name=f"estimate_{self._elem}")
+        page.load(handler, **shared, api_visibility="private")
+
+    def for_model(self, offer: Offer, values: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Updates of the controls, but those of the method, for a model: all as its preset has it but `values`."""
+        props = self.props(offer)
+        for name, value in (values or {}).items():
+            if name not in props or name not in self.controls:
+                continue
+            props[name]["value"] = EMPTY if value is None else str(value) if isinstance(value, Fraction) else value
+        windows = props["route"]["value"] == "windows"
+        for name in ("window", "overlap"):
+            props[name]["visible"] = windows
+        return [gr.update(**props[name]) for name in self.controls]
+
+    def _for_model(self, *values: Any) -> list[dict[str, Any]]:
+        given = dict(zip(self.controls, values, strict=False))
+        offer = self._offer(given["model"])
+        kept = {"seed": given["seed"]}
+        if given["prompt"] and given["prompt"] not in {text for each in self.offers for text in examples(each)}:
+            kept["prompt"] = given["prompt"]
+        updates = self.for_model(offer, kept)
+        if self.method is not None:
+            updates += self.method.for_offer(offer, values=values[len(self.controls) :])
+        return updates
+
+    def _around(self, model: Any) -> list[dict[str, Any]]:
+        offer = self._offer(model)
+        shown = examples(offer)
+        updates = [
+            gr.update(samples=[[text] for text in shown], visible=bool(shown)),
+            gr.update(visible=len(offer.routes) > 1),
+            gr.update(**self._accordion_props(offer)),
+        ]
+        return [*updates, gr.update(value=refused(offer))] if self.method else updates
+
+    def _set_size(self, chosen: Any) -> list[Any]:
+        if chosen == NATIVE:
+            return [EMPTY, EMPTY]
+        width, by, height = str(chosen).partition("x")
+        return [int(width), int(height)] if by and width.isdecimal() and height.isdecimal() else [gr.skip()] * 2
+
+    def _for_size(self, model: Any, width: Any, height: Any) -> list[dict[str, Any]]:
+        offer = self._offer(model)
+        width, height = (int(side) if isinstance(side, int | float) and side > 0 else None for side in (width, height))
+        updates = [gr.update(**self._sizes(offer, width, height))]
+        return [*updates, *self.method.for_size(offer, width, height)] if self.method else updates
+
+    def _for_route(self, route: Any) -> list[dict[str, Any]]:
+        return [gr.update(visible=route == "windows")] * 2
+
+    def _estimated(self, request: gr.Request, *values: Any) -> str:
+        try:
+            offer, job = self.job(values, self.site.visitors.of(request))
+            return estimate(self.site, offer, job).text
+        except (BadInput, UnsupportedModel) as error:
+            return reading.in_words(str(error))
+
+    def _offer(self, model: Any) -> Offer:
+        try:
+            return self.site.shelf.offer(model)
+        except BadInput as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+
+def label(name: str) -> str:
+    """What the page calls the control of a field of `Job`."""
+    return LABELS[name.replace("_", "-")]
+
+
+def examples(offer: Offer) -> tuple[str, ...]:
+    """Prompts that the model's folder proposes."""
+    return tuple(offer.preset.examples)
+
+
+def _with_picture(job: Job, offer: Offer, picture: Path) -> Job:
+    """`job` that begins with `picture`, by default in its shape and of about as many pixels as the model's own."""
+    job = dataclasses.replace(job, image=picture)
+    native = offer.native
+    if offer.clips or job.width or job.height or not (native.width and native.height):
+        return job
+    taker = image_input.taker(job, offer.pipe)
+    width, height = image_input.size(job, taker, (native.width, native.height), offer.multiple)
+    return dataclasses.replace(job, width=width, height=height)
+
+
+def _fps(value: Any) -> Fraction | None:
+    if value is None or value == "":
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = f"{reading.number(value, label('fps')):g}"
+    return clip.parse_fps(reading.text(value, label("fps")))
+
+
+def _has_true_cfg(offer: Offer) -> bool:
+    """Whether the pipeline knows a second kind of guidance beside the one it is trained on."""
+    accepted = inspect.signature(offer.pipe.__call__).parameters
+    return "true_cfg_scale" in accepted and not guidance.is_true(offer.pipe)
+
+
+def _takes_strength(offer: Offer) -> bool:
+    if not offer.takes_picture:
+        return False
+    taker = image_input.taker(Job("", model=offer.label, image=Path("picture.png")), offer.pipe)
+    return "strength" in inspect.signature(taker.__call__).parameters

@@ -1,0 +1,368 @@
+"""The page on which dense attention and one or two methods make the same picture or clip."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from ...pipelines import settings
+from ...pipelines.compare import files, metrics
+from ...pipelines.compare.run import compare
+from ...pipelines.compare.variants import DENSE, Variant
+from ...pipelines.errors import BadInput
+from .. import endpoint
+from ..forms import method_form
+from ..forms.job_form import JobForm
+from ..forms.method_form import MethodForm
+from ..server.live import without_folders
+from ..server.worker import Failed, Finished, Progress, Stopped
+from . import verdict, words
+from .charts import Charts
+from .make import STATUS, WAITING
+
+if TYPE_CHECKING:
+    from ...pipelines.compare.figures import Comparison, Outcome
+    from ...pipelines.job import Job
+    from ...pipelines.routes import Stage
+    from ..server.live import Live
+    from ..server.shelf import Offer
+    from ..server.visitors import Visitor
+    from ..site import Site
+
+SECOND = "second_"
+# Pixels.
+HIGHEST = 512
+WELCOME = (
+    "The same prompt and seed, once with dense attention, which is the model as it is, and once with each method. "
+    "What they look like, and what they cost, will be here."
+)
+NOTHING_DONE = "Nothing was finished, so there is nothing to compare."
+TAKEN_OUT = "Stopped: it was taken out of the queue."
+BEGIN = f"() => '{WAITING}'"
+
+
+class Opponent(MethodForm):
+    """A choice of method without dense attention, which is always compared."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        for method in method_form.names_in(self.choice.value):
+            if method in self._groups:
+                self._groups[method].visible = True
+
+    def choices(self, offer: Offer) -> tuple[str, ...]:
+        found = [one for one in super().choices(offer) if one not in (method_form.DENSE, settings.AUTO)]
+        return (*found, settings.AUTO)
+
+
+class Runs:
+    """Tells of all runs of a comparison as one (`pipelines.compare.studio.Watcher`)."""
+
+    def __init__(self, live: Live, runs: int, stages: Sequence[Stage]) -> None:
+        self._live, self._runs, self._stages = live, runs, stages
+        self._begun = False
+        self.begin, self.reach, self.frame_done, self.close = live.begin, live.reach, live.frame_done, live.close
+        self.say = live.say
+
+    def next_run(self, name: str) -> None:
+        if not self._begun:
+            # Not before: until then, `say` is what stops a warm-up.
+            self._live.expect(self._stages, runs=self._runs)
+            self._begun = True
+        self._live.next_run(name)
+
+
+class ComparePage:
+    """To be built inside `gr.Blocks`.
+
+    Attributes:
+        form: what is asked for, but for the methods.
+        first, second: the methods.
+        inputs, names, outputs: of the endpoint /compare.
+    """
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        with gr.Row(elem_classes="page"):
+            with gr.Column(min_width=320):
+                self.form = JobForm(site, clips=None, elem="compare", method=False)
+                self.first = Opponent(site, self.form.first, elem="compare")
+                self.second = Opponent(site, self.form.first, prefix=SECOND, optional=True, elem="compare-second")
+                self.second.why_not.visible = False  # the same as of the first
+                with gr.Row(elem_classes="buttons"):
+                    self.go = gr.Button("Compare", variant="primary", elem_id="compare-go")
+                    self.stop = gr.Button("Stop", elem_id="compare-stop")
+            with gr.Column(min_width=320, elem_classes="result"):
+                self._build_results()
+        self.inputs = [*self.form.inputs, *self.first.inputs, *self.second.inputs]
+        self.names = [*self.form.names, *self.first.names, *self.second.names]
+
+    def _build_results(self) -> None:
+        self.status = gr.HTML(
+            WELCOME, html_template=STATUS, preview=None, label="Status", elem_id="compare-status", elem_classes="status"
+        )
+        with gr.Column(visible=False, elem_id="compare-result") as self._result:
+            self._problems = gr.HTML(elem_id="compare-problems", padding=False)
+            self._opposite = gr.Radio([], label="On the right", elem_id="compare-opposite")
+            self._caption = gr.Markdown(elem_id="compare-caption")
+            self._slider = gr.ImageSlider(
+                label="Dense attention and a method",
+                show_label=False,
+                max_height=HIGHEST,
+                interactive=False,
+                buttons=["fullscreen"],
+                elem_id="compare-slider",
+            )
+            self._clip = gr.Video(
+                label="All clips side by side",
+                show_label=False,
+                autoplay=True,
+                loop=True,
+                interactive=False,
+                buttons=[],
+                elem_id="compare-clip",
+            )
+            self._charts = Charts("compare")
+            self._table = gr.Dataframe(
+                label="Figures", interactive=False, pinned_columns=1, buttons=["copy"], elem_id="compare-table"
+            )
+            self._remarks = gr.HTML(elem_id="compare-remarks", padding=False)
+            with gr.Row():
+                self._page = gr.DownloadButton("Download the page with sliders", elem_id="compare-download", size="md")
+                self._sheet = gr.DownloadButton("Download all pictures", elem_id="compare-sheet", size="md")
+            with gr.Accordion("Everything that was measured, and the settings", open=False, elem_id="compare-details"):
+                self._details = gr.JSON(label="Details", show_label=False, elem_id="compare-json")
+        self.outputs: list[Any] = [
+            self.status,
+            self._details,
+            self._slider,
+            self._clip,
+            self._page,
+            self._sheet,
+            self._caption,
+            self._opposite,
+            *self._charts.outputs,
+            self._table,
+            self._problems,
+            self._remarks,
+            self._result,
+        ]
+
+    def wire(self) -> Any:
+        """Its events; returns that of a comparison being made, for what else is to end it."""
+        self.form.wire()
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
+        sized = [self.form.controls[name] for name in ("model", "width", "height")]
+        methods = [*self.first.inputs, *self.second.inputs]
+        changes = [control.change for control in sized]  # type: ignore[attr-defined]
+        gr.on(
+            changes,
+            self.for_model,
+            [*sized, *methods],
+            [*methods, self.first.why_not],
+            preprocess=False,
+            api_name="compare_methods",
+            **quick,
+        )
+        begin = [self.go.click, self.form.controls["prompt"].submit]  # type: ignore[attr-defined]
+        gr.on(begin, None, None, [self.status], js=BEGIN, api_visibility="private")
+        made = gr.on(
+            begin,
+            endpoint.named(self.compare, self.names),
+            self.inputs,
+            self.outputs,
+            preprocess=False,
+            api_name="compare",
+            api_description="Dense attention and one or two methods on the same prompt and seed: what came of it in "
+            "words, all figures, two pictures, the clips side by side.",
+            concurrency_id=endpoint.DEVICE,
+            concurrency_limit=1,
+            show_progress="hidden",
+            trigger_mode="once",
+        )
+        self.stop.click(
+            endpoint.named(self.rest, ["status"]),
+            [self.status],
+            self.outputs,
+            cancels=[made],
+            api_name="stop_compare",
+            **quick,
+        )
+        self._opposite.input(
+            self.opposite, self._opposite, [self._slider, self._caption], **quick, api_name="compare_opposite"
+        )
+        return made
+
+    def for_model(self, model: Any, width: Any, height: Any, *methods: Any) -> list[dict[str, Any]]:
+        """Updates of both methods for a model and size, and of what is said of those that it cannot have."""
+        offer = self.site.shelf.offer(model)
+        wide, high = (int(side) if isinstance(side, int | float) and side > 0 else None for side in (width, height))
+        count = len(self.first.inputs)
+        return [
+            *self.first.for_offer(offer, wide, high, methods[:count]),
+            *self.second.for_offer(offer, wide, high, methods[count:]),
+            gr.update(value=method_form.refused(offer)),
+        ]
+
+    def compare(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """How far it is, then what came of it."""
+        visitor = self.site.visitors.of(request)
+        try:
+            offer, job, variants = self._asked(values, visitor)
+        except endpoint.SAID as error:
+            yield from self._failed(without_folders(str(error)))
+            return
+        yield self._said(f"0 %: {words.preparing(offer)}")
+        with closing(
+            self.site.worker.run(visitor.name, lambda live: self._work(live, visitor, offer, job, variants))
+        ) as events:
+            for event in events:
+                match event:
+                    case Progress():
+                        yield self._said(f"{100 * event.share:.0f} %: {event.text}")
+                    case Finished((found, folder)):
+                        yield self._shown(found, folder)
+                    case Stopped(message):
+                        yield self._said(f"{message} {NOTHING_DONE}")
+                    case Failed(message):
+                        yield from self._failed(message)
+
+    def rest(self, request: gr.Request, status: str) -> tuple[Any, ...]:
+        """Ends what the visitor has running; of a comparison, shows what was finished.
+
+        Args:
+            status: that was shown.
+        """
+        visitor = self.site.visitors.of(request)
+        said = self.site.worker.stop(visitor.name)
+        if visitor.comparison is not None and visitor.comparison[0].interrupted:
+            return self._shown(*visitor.comparison)
+        return (TAKEN_OUT if status == WAITING else said, *[gr.skip() for _ in self.outputs[1:]])
+
+    def opposite(self, request: gr.Request, name: str) -> tuple[Any, Any]:
+        """Another method on the right."""
+        visitor = self.site.visitors.of(request)
+        if visitor.comparison is None:
+            return gr.skip(), gr.skip()
+        return _pictures(*visitor.comparison, name)
+
+    def _asked(self, values: Sequence[Any], visitor: Visitor) -> tuple[Offer, Job, list[Variant]]:
+        """
+        Raises:
+            BadInput: it cannot be compared so.
+        """
+        of_form, of_first = len(self.form.inputs), len(self.first.inputs)
+        offer, job = self.form.job(values[:of_form], visitor)
+        given = values[of_form : of_form + of_first], values[of_form + of_first :]
+        chosen = [form.methods(own, offer) for form, own in zip((self.first, self.second), given, strict=True)]
+        variants = [Variant(name_of(methods), methods) for methods in chosen if methods is not None]
+        if len(variants) == 2 and variants[0].methods == variants[1].methods:
+            raise BadInput(f"{variants[0].name} is there twice: choose another second method, other settings, or none.")
+        return offer, job, variants
+
+    def _work(
+        self, live: Live, visitor: Visitor, offer: Offer, job: Job, variants: Sequence[Variant]
+    ) -> tuple[Comparison, Path]:
+        live.say(words.preparing(offer))
+        session = self.site.shelf.session(offer)
+        self.site.limits.check(session.plan(job).job)
+        folder = visitor.new_folder()
+        with TemporaryDirectory(dir=self.site.folder) as work:
+            found = compare(
+                job,
+                variants,
+                prompts=(job.prompt,),
+                seeds=(job.seed,),
+                folder=folder,
+                say=lambda defect: print(defect, file=sys.stderr),
+                session=session,
+                watch=lambda runs, stages: Runs(live, runs, stages),
+                work=Path(work),
+            )
+            if found.frames:
+                for outcome in found.outcomes.values():
+                    if outcome.file:
+                        frames = Path(work) / Path(outcome.file).stem
+                        metrics.middle_frame(frames).save(_middle(folder / outcome.file))
+        visitor.comparison = found, folder
+        return found, folder
+
+    def _shown(self, found: Comparison, folder: Path) -> tuple[Any, ...]:
+        """Values of all outputs."""
+        others = [variant.name for variant in found.variants[1:]]
+        made = [variant.name for variant in found.variants[1:] if found.summary(variant).made]
+        right = (made or others)[0]
+        slider, caption = _pictures(found, folder, right)
+        clip = folder / f"{files.STITCHED}.mp4"
+        said = [*(["Stopped."] if found.interrupted else []), *verdict.sentences(found)]
+        problems = verdict.problems(found)
+        return (
+            gr.HTML(" ".join(said), preview=None),
+            found.to_dict(),
+            slider,
+            gr.Video(str(clip) if clip.exists() else None, visible=clip.exists()),
+            str(folder / files.PAGE),
+            str(folder / files.SHEET),
+            caption,
+            gr.Radio(others, value=right, visible=len(others) > 1),
+            *self._charts.of(found),
+            verdict.table(found),
+            gr.HTML(verdict.paragraphs(problems), visible=bool(problems)),
+            verdict.paragraphs(verdict.remarks(found), small=True),
+            gr.Column(visible=True),
+        )
+
+    def _said(self, text: str) -> tuple[Any, ...]:
+        """Values of all outputs while there is nothing to show."""
+        return (gr.HTML(text, preview=None), *[gr.skip() for _ in self.outputs[2:]], gr.Column(visible=False))
+
+    def _failed(self, message: str) -> Iterator[tuple[Any, ...]]:
+        yield self._said(f"Not compared: {message}")
+        raise endpoint.message(message)
+
+
+def name_of(methods: dict[str, dict[str, Any]]) -> str:
+    """As `attnswap compare` calls it: "adaspa sparsity=0.8"."""
+    given = [f"{name}={settings.shown(value)}" for values in methods.values() for name, value in values.items()]
+    return " ".join(["+".join(methods), *given])
+
+
+def _pictures(found: Comparison, folder: Path, name: str) -> tuple[Any, str]:
+    """Of the slider: dense attention on the left and a method on the right, and Markdown that says so.
+
+    Where one of them is missing, the other takes both sides; where both are, there is none.
+    """
+    [shot] = found.shots
+    outcomes = {variant.name: found.outcome(shot, variant) for variant in found.variants}
+    dense, other = (_picture(folder, outcomes.get(each)) for each in (DENSE.name, name))
+    what = "middle frame" if found.frames else "picture"
+    if dense and other:
+        of = " The middle frame; the clips are below." if found.frames else ""
+        said = f"Left: dense attention. Right: {name}. Drag the handle.{of}"
+    elif dense or other:
+        there, missing = ("dense attention", name) if dense else (name, "dense attention")
+        said = f"The {what} of {there} alone: there is none of {missing}."
+    else:
+        said = f"There is no {what}."
+    left, right = dense or other, other or dense
+    pair = (left, right) if left and right else None
+    return gr.ImageSlider(pair, visible=pair is not None), said.translate(words.MARKUP)
+
+
+def _picture(folder: Path, outcome: Outcome | None) -> str | None:
+    """Of a clip its middle frame, beside it."""
+    if outcome is None or outcome.file is None:
+        return None
+    file = folder / outcome.file
+    return str(file if file.suffix == ".png" else _middle(file))
+
+
+def _middle(clip: Path) -> Path:
+    """Where the middle frame of a clip is kept."""
+    return clip.with_name(f"{clip.stem}-middle.png")

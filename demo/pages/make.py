@@ -1,0 +1,227 @@
+"""The page on which pictures, or clips, are made."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from ...pipelines.errors import BadInput
+from ...pipelines.preview import Preview
+from ...pipelines.stages import StageFolder
+from .. import endpoint
+from ..cost import estimate
+from ..forms import reading
+from ..forms.job_form import JobForm
+from ..server.worker import Failed, Finished, Progress, Stopped
+from . import words
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ...pipelines.job import Job
+    from ..server.live import Live
+    from ..server.shelf import Offer
+    from ..server.visitors import Entry, Visitor
+    from ..site import Site
+
+# As high as the picture, whatever is in its place, so that nothing below moves.
+HEIGHT = "min(30rem, 84vw)"
+WAITING = "Waiting for its turn …"
+# The text is escaped. That of a run begins with its share in percent, of which the bar is drawn; what has come about
+# so far is shown meanwhile, and stays where the run is stopped.
+STATUS = """
+${preview && /^([0-9]+ %|Stopped)/.test(value)
+  ? '<img class="preview" alt="Preview of what is being made" src="' + preview + '">' : ''}
+<progress max="100" aria-label="Progress" ${/^[0-9]+ %/.test(value) ? 'value=' + parseInt(value) : 'hidden'}></progress>
+<p role="status" aria-live="polite">{{value}}</p>
+"""
+# Somebody who has scrolled down to the button sees what comes of it. A click while something runs changes nothing.
+BEGIN = f"""(status, words) => {{
+  for (const shown of document.querySelectorAll(".result .status"))
+    if (shown.offsetParent) shown.scrollIntoView({{ block: "nearest", behavior: "smooth" }});
+  if (/^[0-9]+ %/.test(status)) return [status, words, {{ __type__: "update" }}];
+  return ["{WAITING}", "", {{ value: null, interactive: false, __type__: "update" }}];
+}}"""
+
+
+class MakePage:
+    """A form, and what comes of it.
+
+    Args:
+        clips: whether they are made, instead of pictures.
+
+    Attributes:
+        form: what is asked for.
+        stop, status: the button, and where its effect is told.
+        made: the event that Stop cancels.
+    """
+
+    def __init__(self, site: Site, clips: bool) -> None:
+        self.site, self.clips = site, clips
+        self.kind, what = ("video", "clip") if clips else ("image", "picture")
+        with gr.Row(elem_classes="page"):
+            with gr.Column(min_width=320):
+                self.form = JobForm(site, clips=clips, elem=self.kind)
+                with gr.Row(elem_classes="buttons"):
+                    self.go = gr.Button("Generate", variant="primary", min_width=120, elem_id=f"{self.kind}-go")
+                    self.stop = gr.Button("Stop", min_width=120, elem_id=f"{self.kind}-stop")
+            with gr.Column(min_width=320, elem_id=f"{self.kind}-result", elem_classes="result"):
+                shared: dict[str, Any] = {
+                    "label": what.capitalize(),
+                    "interactive": False,
+                    "height": HEIGHT,
+                    "elem_classes": "made",
+                }
+                self.result = (
+                    gr.Video(autoplay=True, loop=True, buttons=[], **shared)
+                    if clips
+                    else gr.Image(type="filepath", buttons=["fullscreen"], **shared)
+                )
+                self.status = gr.HTML(
+                    f"The {what} will be here.",
+                    html_template=STATUS,
+                    preview=None,
+                    label="Status",
+                    elem_id=f"{self.kind}-status",
+                    elem_classes="status",
+                )
+                self.words = gr.Markdown(elem_id=f"{self.kind}-words")
+                self.download = gr.DownloadButton(
+                    f"Download the {what}", elem_id=f"{self.kind}-download", size="md", interactive=False
+                )
+                with gr.Accordion("How it was made, and all figures", open=False, elem_id=f"{self.kind}-details"):
+                    self.details = gr.JSON(label="Details", show_label=False, open=True)
+
+    def wire(self) -> None:
+        """Its events, but for Stop, which is one for all pages."""
+        self.form.wire()
+        begin = [self.go.click, self.form.controls["prompt"].submit]  # type: ignore[attr-defined]
+        told = [self.status, self.words]
+        gr.on(begin, None, told, [*told, self.download], js=BEGIN, api_visibility="private")
+        made = gr.on(
+            begin,
+            endpoint.named(self.make, self.form.names),
+            self.form.inputs,
+            [self.result, self.status, self.details],
+            preprocess=False,
+            api_name=self.kind,
+            api_description=f"Make a {'clip' if self.clips else 'picture'}: its file, how it went, how it was made.",
+            concurrency_id=endpoint.DEVICE,
+            concurrency_limit=1,
+            show_progress_on=[self.result],
+            trigger_mode="once",
+        )
+        made.success(
+            self.explain,
+            [self.details],
+            [self.words, self.download],
+            api_name=f"explain_{self.kind}",
+            api_visibility="undocumented",
+            queue=False,
+            show_progress="hidden",
+        )
+        made.success(
+            endpoint.named(self.price, self.form.names),
+            self.form.inputs,
+            [self.form.estimate],
+            preprocess=False,
+            api_name=f"price_{self.kind}",
+            api_visibility="undocumented",
+            queue=False,
+            show_progress="hidden",
+        )
+        self.made = made
+
+    def make(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Previews and how far it is, then the file, what is to be said of it, and how it was made."""
+        visitor = self.site.visitors.of(request)
+        try:
+            offer, job = self.form.job(values, visitor)
+        except endpoint.SAID as error:
+            yield from self._failed(str(error))
+            return
+        yield None, gr.HTML(f"0 %: {words.preparing(offer)}", preview=None), None
+        with closing(self.site.worker.run(visitor.name, lambda live: self._work(live, visitor, offer, job))) as events:
+            for event in events:
+                match event:
+                    case Progress():
+                        shown: dict[str, Any] = {"preview": _data_url(event.preview)} if event.preview else {}
+                        yield gr.skip(), gr.HTML(f"{100 * event.share:.0f} %: {event.text}", **shown), gr.skip()
+                    case Finished(entry):
+                        yield str(entry.file), words.headline(entry.result), words.details(entry)
+                    case Stopped(message):
+                        yield None, message, None
+                    case Failed(message):
+                        yield from self._failed(message)
+
+    def _work(self, live: Live, visitor: Visitor, offer: Offer, job: Job) -> Entry:
+        live.say(words.preparing(offer))
+        session = self.site.shelf.session(offer)
+        output = visitor.new_file(".mp4" if self.clips else ".png", job)
+        task = session.plan(dataclasses.replace(job, output=output))
+        self.site.limits.check(task.job)
+        live.expect(task.stages, preview=Preview(session.pipe))
+        try:
+            [result] = session.make([task], watch=live, say=live.say, look=live.look)
+            self.site.pace.learn(task, live, result.seconds)
+            return visitor.keep(result)
+        except BaseException:
+            output.unlink(missing_ok=True)
+            shutil.rmtree(StageFolder(output, {}).path, ignore_errors=True)
+            raise
+
+    def _failed(self, message: str) -> Iterator[tuple[Any, ...]]:
+        message = reading.in_words(message)
+        yield None, f"Not made: {message}", None
+        raise endpoint.message(message)
+
+    def explain(self, request: gr.Request, details: dict[str, Any] | None) -> tuple[str, Any]:
+        """What was accelerated, and the file to take away; nothing where nothing was made."""
+        entries = {entry.number: entry for entry in self.site.visitors.of(request).entries}
+        entry = entries.get(details["entry"]) if details else None
+        if entry is None:
+            return "", gr.update(value=None, interactive=False)
+        return words.explained(entry.result), gr.update(value=str(entry.file), interactive=True)
+
+    def stopped(self, said: str, status: str) -> str:
+        """What to show of a job that somebody has stopped.
+
+        Args:
+            said: by the worker.
+            status: that was shown.
+        """
+        return "Stopped: it was taken out of the queue." if status == WAITING else said
+
+    def price(self, request: gr.Request, *values: Any) -> str:
+        """What it would cost, as it is chosen."""
+        try:
+            offer, job = self.form.job(values, self.site.visitors.of(request))
+            return estimate.estimate(self.site, offer, job).text
+        except endpoint.SAID as error:
+            return reading.in_words(str(error))
+
+    def prepare(self, request: gr.Request, *values: Any) -> str:
+        """Loads the model that is chosen and learns how fast it is, so that the price is known; says it."""
+        visitor = self.site.visitors.of(request)
+        try:
+            offer = self.site.shelf.offer(values[self.form.names.index("model")])
+        except BadInput:
+            return self.price(request, *values)
+        run = self.site.worker.run(visitor.name, lambda live: estimate.prepare(self.site, offer, live))
+        with closing(run) as events:
+            for _ in events:
+                pass
+        return self.price(request, *values)
+
+
+def _data_url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,73 @@
+"""Files and entries put back into the form that makes the same again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from ...pipelines.errors import BadInput
+from ..server import uploads
+from ..server.live import without_folders
+from .words import MARKUP
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..forms.job_form import JobForm
+
+
+@dataclass(frozen=True)
+class Restored:
+    """
+    Attributes:
+        clip: whether the form of clips is filled in, else that of pictures.
+        updates: of the inputs of the one form and then of the other, which stays as it is.
+        remarks: what is not as in the file, a line each.
+    """
+
+    clip: bool
+    updates: Sequence[Any]
+    remarks: Sequence[str]
+
+    @property
+    def page(self) -> str:
+        return "Video" if self.clip else "Image"
+
+    def said(self, name: str) -> str:
+        """Markdown: where `name` went, and what it could not bring along."""
+        lines = [f"All settings of {name} are on the {self.page} page."]
+        if self.remarks:
+            lines = [f"The settings of {name} are on the {self.page} page, but not all of them:"]
+        plain = [without_folders(line).translate(MARKUP) for line in (*lines, *self.remarks)]
+        return "\n".join([plain[0], *(["", *(f"- {line}" for line in plain[1:])] if plain[1:] else [])])
+
+
+def record_of(path: str) -> dict[str, Any]:
+    """What a file remembers that a visitor has brought, in which only the name tells of `path`.
+
+    Raises:
+        BadInput: it remembers nothing by which one picture or clip is made again.
+    """
+    try:
+        return uploads.made_here(path)
+    except BadInput as error:
+        raise BadInput(f"Nothing to restore: {error}") from error
+
+
+def restored(record: dict[str, Any], image_form: JobForm, video_form: JobForm) -> Restored:
+    """
+    Raises:
+        BadInput: the record does not say how it was made.
+    """
+    clip = record.get("frames") is not None
+    updates, remarks = (video_form if clip else image_form).restored(record)
+    other = [gr.skip()] * len((image_form if clip else video_form).inputs)
+    return Restored(clip, [*other, *updates] if clip else [*updates, *other], remarks)
+
+
+def name_of(path: str) -> str:
+    """Of an uploaded file, as it is to be said."""
+    return Path(path).name

@@ -1,0 +1,169 @@
+"""Who looks at the pages, and what each has made."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import GifImagePlugin, Image
+
+from ...pipelines import save
+from ...pipelines.compare.variants import slug
+
+if TYPE_CHECKING:
+    from ...pipelines.compare.figures import Comparison
+    from ...pipelines.job import Job
+    from ...pipelines.session import Result
+    from .worker import Worker
+
+MAX_VISITORS, MAX_ENTRIES = 64, 40
+THUMBNAIL = 256  # pixels a side, at most
+# Seconds after which a visitor who has left is forgotten. A phone that is locked for a while comes back as the same.
+AWAY = 600.0
+#: Who asks without a browser.
+LOCAL = "local"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """
+    Attributes:
+        number: from 1, as its file is called.
+        clip: whether it is one.
+        file: PNG, MP4 or GIF.
+        thumbnail: PNG; of a clip its first frame.
+        caption: what it shows and how it was made, in a line.
+        result: without its picture, which is in the file.
+    """
+
+    number: int
+    clip: bool
+    file: Path
+    thumbnail: Path
+    caption: str
+    result: Result
+
+
+class Visitor:
+    """
+    Attributes:
+        name: of the session in the browser.
+        folder: of this visitor alone.
+        entries: what was made, the oldest first.
+        comparison: the last one and its folder.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.entries: list[Entry] = []
+        self.comparison: tuple[Comparison, Path] | None = None
+        self._numbers = itertools.count(1)
+        self._folder_of_comparison: Path | None = None
+
+    def new_file(self, suffix: str, job: Job) -> Path:
+        """Where the next picture or clip is to go: "3-a-fox-seed-0.png"."""
+        words = (str(next(self._numbers)), slug(job.prompt), f"seed-{job.seed}")
+        return self.folder / f"{'-'.join(filter(None, words))}{suffix}"
+
+    def new_folder(self) -> Path:
+        """For a comparison, yet to be made; that of the one before is removed."""
+        if self._folder_of_comparison is not None:
+            shutil.rmtree(self._folder_of_comparison, ignore_errors=True)
+        self.comparison = None
+        self._folder_of_comparison = self.folder / f"comparison-{next(self._numbers)}"
+        return self._folder_of_comparison
+
+    def keep(self, result: Result) -> Entry:
+        """Adds what was made to the entries; of more than `MAX_ENTRIES` the oldest goes, with its files."""
+        file = result.job.output
+        assert file is not None
+        thumbnail = file.with_name(f"{file.stem}-small.png")
+        image = result.image.copy() if result.image is not None else _first_frame(file)
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        image.save(thumbnail)
+        entry = Entry(
+            number=int(file.name.partition("-")[0]),
+            clip=result.job.frames is not None,
+            file=file,
+            thumbnail=thumbnail,
+            caption=_caption(result.job),
+            result=dataclasses.replace(result, image=None),
+        )
+        self.entries.append(entry)
+        for old in self.entries[:-MAX_ENTRIES]:
+            old.file.unlink(missing_ok=True)
+            old.thumbnail.unlink(missing_ok=True)
+        del self.entries[:-MAX_ENTRIES]
+        return entry
+
+
+class Visitors:
+    """
+    Args:
+        folder: for what they make.
+        worker: who has something running is not forgotten.
+    """
+
+    def __init__(self, folder: Path, worker: Worker) -> None:
+        self._folder, self._worker = folder, worker
+        self._guard = threading.Lock()
+        self._visitors: dict[str, Visitor] = {}  # the longest idle first
+        self._left: dict[str, float] = {}
+
+    def of(self, request: Any) -> Visitor:
+        """Who asks; a new one where nobody of this name has been here.
+
+        Args:
+            request: a `gr.Request`; its session's name is whatever the client says, and no path is made of it.
+        """
+        name = str(getattr(request, "session_hash", None) or LOCAL)
+        with self._guard:
+            self._left.pop(name, None)
+            visitor = self._visitors.pop(name, None)
+            if visitor is None:
+                self._make_room()
+                visitor = Visitor(name, Path(tempfile.mkdtemp(prefix="visitor-", dir=self._folder)))
+            self._visitors[name] = visitor
+            return visitor
+
+    def gone(self, request: Any) -> None:
+        """Stops what the visitor has running; the folder goes, too, unless the visitor is back before long."""
+        name = str(getattr(request, "session_hash", None) or LOCAL)
+        self._worker.stop(name)
+        with self._guard:
+            if name in self._visitors:
+                self._left[name] = time.monotonic()
+            self._make_room(for_new=0)
+
+    def _make_room(self, for_new: int = 1) -> None:
+        """Forgets those who left long ago, and the longest idle beyond `MAX_VISITORS`."""
+        now = time.monotonic()
+        forgotten = [name for name, when in self._left.items() if now - when > AWAY]
+        idle = [name for name in self._visitors if name not in forgotten]
+        surplus = len(idle) + for_new - MAX_VISITORS
+        candidates = (name for name in idle if not self._worker.busy(name))
+        forgotten += itertools.islice(candidates, max(0, surplus))
+        for name in forgotten:
+            self._left.pop(name, None)
+            shutil.rmtree(self._visitors.pop(name).folder, ignore_errors=True)
+
+
+def _first_frame(file: Path) -> Image.Image:
+    if file.suffix == ".mp4":
+        with save.open_mp4(file) as container:
+            frame: Image.Image = next(container.decode(video=0)).to_image()
+            return frame
+    with GifImagePlugin.GifImageFile(file) if file.suffix == ".gif" else save.open_png(file) as image:
+        return image.convert("RGB")
+
+
+def _caption(job: Job) -> str:
+    size = f"{job.width}x{job.height}" + (f", {job.frames} frames" if job.frames else "")
+    return ", ".join([job.prompt, size, "+".join(job.methods) or "dense", f"seed {job.seed}"])

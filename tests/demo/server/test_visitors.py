@@ -1,0 +1,194 @@
+"""What visitors make is theirs, is kept for a while, and goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from attnswap.demo.server import visitors as module
+from attnswap.demo.server.visitors import Visitor, Visitors
+from attnswap.pipelines import save, video_writer
+from attnswap.pipelines.job import Job
+from attnswap.pipelines.session import Result
+from PIL import Image
+
+
+class Worker:
+    """Of whom it is only asked whose work it has."""
+
+    def __init__(self) -> None:
+        self.working: set[str] = set()
+        self.stopped: list[str] = []
+
+    def busy(self, visitor: str) -> bool:
+        return visitor in self.working
+
+    def stop(self, visitor: str) -> str:
+        self.stopped.append(visitor)
+        return ""
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker()
+
+
+@pytest.fixture
+def visitors(tmp_path: Path, worker: Any) -> Visitors:
+    return Visitors(tmp_path, worker)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def result_of(visitor: Visitor, prompt: str = "a fox", side: int = 64, **fields: Any) -> Result:
+    """A picture in a file, as a session leaves it."""
+    job = Job(prompt, width=side, height=side, steps=2, **fields)
+    job = dataclasses.replace(job, output=visitor.new_file(".png", job))
+    assert job.output is not None
+    image = Image.new("RGB", (side, side), (200, 100, 50))
+    save.write_png(image, job.output, {})
+    return Result(job, image, 1.0, None, torch.device("cpu"), None, {}, ())
+
+
+def test_each_has_a_folder_of_which_nothing_can_be_guessed(
+    visitors: Visitors, request_of: Callable[[str], Any], tmp_path: Path
+) -> None:
+    a, b = (visitors.of(request_of(name)) for name in ("../../etc", "b"))
+    assert a.folder != b.folder
+    assert a.folder.parent == b.folder.parent == tmp_path
+    assert visitors.of(request_of("../../etc")) is a
+
+
+def test_who_asks_without_a_browser_is_one_visitor(visitors: Visitors, request_of: Callable[[Any], Any]) -> None:
+    assert visitors.of(request_of(None)) is visitors.of(request_of(""))
+    assert visitors.of(request_of(None)).name == "local"
+
+
+def test_files_are_numbered_and_say_what_they_show(visitors: Visitors, request_of: Callable[[str], Any]) -> None:
+    visitor = visitors.of(request_of("a"))
+    names = [visitor.new_file(".png", Job("A fox, of course!", seed=seed)).name for seed in (0, 7)]
+    assert names == ["1-a-fox-of-course-seed-0.png", "2-a-fox-of-course-seed-7.png"]
+    assert visitor.new_file(".mp4", Job("狐")).name == "3-seed-0.mp4"
+
+
+def test_what_is_kept_has_a_small_picture_and_a_line(visitors: Visitors, request_of: Callable[[str], Any]) -> None:
+    visitor = visitors.of(request_of("a"))
+    entry = visitor.keep(result_of(visitor, side=512, methods={"hidiffusion": {}}, seed=3))
+    assert visitor.entries == [entry]
+    assert (entry.number, entry.clip) == (1, False)
+    assert Image.open(entry.thumbnail).size == (256, 256)
+    assert entry.caption == "a fox, 512x512, hidiffusion, seed 3"
+    assert entry.result.image is None
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_of_a_clip_the_first_frame_is_kept(visitors: Visitors, request_of: Callable[[str], Any], suffix: str) -> None:
+    import numpy as np
+
+    visitor = visitors.of(request_of("a"))
+    job = Job("a fox", width=64, height=32, frames=2, fps=module_fps())
+    job = dataclasses.replace(job, output=visitor.new_file(suffix, job))
+    assert job.fps is not None
+    with video_writer.writers(job.output, None, fps=job.fps, record={}) as writers:
+        for value in (250, 0):
+            for writer in writers:
+                writer.add(np.full((32, 64, 3), value, dtype=np.uint8))
+    entry = visitor.keep(Result(job, None, 1.0, None, torch.device("cpu"), None, {}, ()))
+    with Image.open(entry.thumbnail) as small:
+        assert small.size == (64, 32)
+        assert small.convert("L").getpixel((5, 5)) > 200
+    assert entry.caption == "a fox, 64x32, 2 frames, dense, seed 0"
+
+
+def module_fps() -> Any:
+    from fractions import Fraction
+
+    return Fraction(8)
+
+
+def test_of_too_many_the_oldest_goes_with_its_files(
+    visitors: Visitors, request_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_ENTRIES", 2)
+    visitor = visitors.of(request_of("a"))
+    first, second, third = (visitor.keep(result_of(visitor)) for _ in range(3))
+    assert visitor.entries == [second, third]
+    assert sorted(visitor.folder.iterdir()) == sorted([second.file, second.thumbnail, third.file, third.thumbnail])
+    assert not first.file.exists()
+
+
+def test_of_comparisons_the_last_one_is_kept(visitors: Visitors, request_of: Callable[[str], Any]) -> None:
+    visitor = visitors.of(request_of("a"))
+    first = visitor.new_folder()
+    assert not first.exists()
+    first.mkdir()
+    visitor.comparison = (SimpleNamespace(), first)  # type: ignore[assignment]
+    second = visitor.new_folder()
+    assert second != first
+    assert not first.exists()
+    assert visitor.comparison is None
+
+
+def test_of_too_many_visitors_the_longest_idle_goes(
+    visitors: Visitors, request_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_VISITORS", 2)
+    a, b = (visitors.of(request_of(name)) for name in "ab")
+    visitors.of(request_of("a"))
+    visitors.of(request_of("c"))
+    assert a.folder.exists()
+    assert not b.folder.exists()
+    assert visitors.of(request_of("a")) is a
+
+
+def test_nobody_goes_who_has_something_running(
+    visitors: Visitors, worker: Worker, request_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_VISITORS", 2)
+    a, b = (visitors.of(request_of(name)) for name in "ab")
+    worker.working = {"a"}
+    visitors.of(request_of("c"))
+    assert a.folder.exists()
+    assert not b.folder.exists()
+
+
+def test_who_leaves_is_stopped_and_forgotten_after_a_while(
+    visitors: Visitors, worker: Worker, request_of: Callable[[str], Any], clock: SimpleNamespace
+) -> None:
+    a = visitors.of(request_of("a"))
+    visitors.gone(request_of("a"))
+    assert worker.stopped == ["a"]
+    clock.now += module.AWAY + 1
+    visitors.of(request_of("b"))
+    assert not a.folder.exists()
+    assert visitors.of(request_of("a")) is not a
+
+
+def test_who_is_back_before_that_finds_everything(
+    visitors: Visitors, request_of: Callable[[str], Any], clock: SimpleNamespace
+) -> None:
+    """A phone that is locked closes the connection of a page that is still open."""
+    a = visitors.of(request_of("a"))
+    a.keep(result_of(a))
+    visitors.gone(request_of("a"))
+    clock.now += module.AWAY - 1
+    assert visitors.of(request_of("a")) is a
+    clock.now += module.AWAY
+    visitors.of(request_of("b"))
+    assert a.folder.exists()
+    assert len(a.entries) == 1
+
+
+def test_somebody_leaves_who_has_never_been_here(visitors: Visitors, request_of: Callable[[str], Any]) -> None:
+    visitors.gone(request_of("nobody"))
+    assert visitors.of(request_of("nobody")).entries == []
