@@ -9,8 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from ..accel.errors import UnsupportedModel, WeightsError
-from ..pipelines.errors import BadInput, JobFailed
+from .server.worker import SAID
+
+__all__ = ["DEVICE", "SAID", "message", "named"]
 
 #: One at a time on the device, whichever page asks.
 DEVICE = "device"
