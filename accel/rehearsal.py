@@ -19,8 +19,12 @@ from .families import family_of
 from .families.base import Layout, Place, attention_layers
 from .families.joint import head_dim
 from .install import Installation
-from .methods.base import Config
+from .methods.base import Config, Strategy
 from .observe import Call
+
+#: Tokens of the grid up to which masks are made to count them. Of more they keep about the same share, and would take
+#: memory by the square of the tokens.
+MOST_TOKENS = 30_000
 
 
 @dataclass(frozen=True)
@@ -189,8 +193,21 @@ def rehearse(
 
 
 def _pairs(installation: Installation, layout: Layout) -> float:
+    place = layout.place
     if layout.plan is None:
-        return layout.place.tokens**2
-    installation.slots[layout.layer].strategy.rehearse(layout)
+        return place.tokens**2
+    strategy, scale = installation.slots[layout.layer].strategy, 1.0
+    if type(strategy).rehearse is not Strategy.rehearse:  # else the plan knows already
+        layout.place = _at_most(place, MOST_TOKENS)
+        scale = (place.tokens / layout.place.tokens) ** 2
+        strategy.rehearse(layout)
+        layout.place = place
     pairs = layout.plan.pairs
-    return float(layout.place.tokens**2 if pairs is None else pairs)
+    return float(place.tokens**2 if pairs is None else scale * pairs)
+
+
+def _at_most(place: Place, tokens: int) -> Place:
+    """A place whose grid has the same shape, and about so many tokens if it has more."""
+    share = min(1.0, tokens / math.prod(place.grid))
+    grid = tuple(max(1, round(side * share ** (1 / len(place.grid)))) for side in place.grid)
+    return replace(place, grid=grid, start=round(place.start * share), around=round(place.around * share))

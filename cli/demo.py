@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
+import sys
+import threading
 from typing import Any
 
 from .common import MODELS, Listing, quieten
 from .job_options import DTYPES
 
+# Seconds of silence after which a terminal shows that something goes on.
+PATIENCE = 2.0
 # Flags that are called as the fields of a job.
 FIELDS = ("device", "dtype", "variant", "cpu_offload", "vae_tiling", "low_memory")
 
@@ -30,7 +35,11 @@ def add(commands: Any) -> None:
         "-m", "--model", action="append", default=[], help=f"{MODELS}; again for more (all that are bundled are there)"
     )
     model.add_argument(
-        "--weights", action="append", default=[], metavar="NAME", help="of a method, to choose from; again for more"
+        "--weights",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of a method, to choose from by this NAME; again for more",
     )
     model.add_argument("--variant", help='weight variant of the models, such as "fp16"')
     model.add_argument("--dtype", choices=DTYPES, metavar="DTYPE", help="auto, fp32, fp16 or bf16 (default: auto)")
@@ -59,29 +68,42 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..demo import serve
+
+    serve.check(options.host, options.port, options.auth)  # at once: what follows takes its time to be imported
     from ..demo.server.limits import Limits
     from ..pipelines.job import Job
     from ..pipelines.printable import printable_lines
 
-    serve.check_gradio()
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # before the first library that reads it
     limits = Limits(max_size=options.max_size, max_frames=options.max_frames, max_steps=options.max_steps)
     given = {name: value for name in FIELDS if (value := getattr(options, name)) is not None}
     quieten(progress=False)  # downloads show theirs all the same
 
     def say(text: str) -> None:
+        starting.cancel()
         print(printable_lines(text), flush=True)
 
-    serve.serve(
-        options.model,
-        Job("", **given),
-        limits,
-        weights=options.weights,
-        host=options.host,
-        port=options.port,
-        auth=options.auth,
-        share=options.share,
-        open_browser=options.open,
-        say=say,
-    )
+    def log(line: str) -> None:
+        print(printable_lines(f"{datetime.datetime.now():%H:%M:%S} {line}"), file=sys.stderr, flush=True)
+
+    starting = threading.Timer(PATIENCE, say, ["attnswap demo: starting ..."])
+    starting.daemon = True
+    if sys.stdout.isatty():
+        starting.start()
+    try:
+        serve.serve(
+            options.model,
+            Job("", **given),
+            limits,
+            weights=options.weights,
+            host=options.host,
+            port=options.port,
+            auth=options.auth,
+            share=options.share,
+            open_browser=options.open,
+            say=say,
+            log=log,
+        )
+    finally:
+        starting.cancel()
     return 0

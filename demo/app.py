@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio.themes.utils.fonts import LocalFont
 
 from . import endpoint
 from .pages.compare import ComparePage
 from .pages.history import HistoryPage
 from .pages.inside import InsidePage
-from .pages.make import MakePage
+from .pages.make import RUNNING, MakePage
 
 if TYPE_CHECKING:
     from .site import Site
@@ -21,11 +22,21 @@ ABOUT = """# attnswap
 Pictures and clips with faster attention. Make one with a method, compare it with the model as it is, and see inside
 what was accelerated. Everything runs on this machine."""
 # Seconds between two looks for copies that Gradio has made of files, and the age at which they go.
-COPIES = (600, 3600)
+COPIES = (600, 24 * 3600)
+# One at a time, whichever page asks.
+PREPARING = "preparing"
+# What was running on another page is not running there any more.
+STOPPED = f"(said, ...others) => [said, ...others.map((other) => ({RUNNING}.test(other) ? said : other))]"
 #: For `launch`. The fonts come with Gradio.
 LOOK: dict[str, Any] = {
     "theme": gr.themes.Default(
-        primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", radius_size="md", spacing_size="md"
+        primary_hue="indigo",
+        secondary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="md",
+        spacing_size="md",
+        # The semi-bold one that Gradio brings lacks nearly all letters.
+        font=[LocalFont("Source Sans Pro", weights=(400, 700)), "ui-sans-serif", "system-ui", "sans-serif"],
     ).set(
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
@@ -33,7 +44,11 @@ LOOK: dict[str, Any] = {
         button_primary_background_fill_hover_dark="*primary_500",
     ),
     "css_paths": [Path(__file__).with_name("style.css")],
-    "footer_links": ["api", "settings"],
+    "footer_links": ["api"],
+    # Gradio opens the list of a dropdown again by the very Tab that leaves it.
+    "js": """() => addEventListener("keydown", (event) => {
+      if (event.key === "Tab" && event.target.role === "combobox") event.stopPropagation();
+    }, true)""",
 }
 
 
@@ -55,7 +70,7 @@ def build(site: Site) -> gr.Blocks:
         for page in (image, video, inside):
             page.wire()
         history.wire(image.form, video.form, tabs)
-        _stop(site, [image, video], compare.wire())
+        _stop(site, [image, video], compare)
         _prepare(image, blocks.load)
         _prepare(video, video_tab.select)
 
@@ -66,15 +81,17 @@ def build(site: Site) -> gr.Blocks:
     return blocks
 
 
-def _stop(site: Site, pages: list[MakePage], compared: Any) -> None:
+def _stop(site: Site, pages: list[MakePage], compare: ComparePage) -> None:
     """Stop ends whatever the visitor has running or waiting; that of the comparison shows what was finished, too."""
-    events = [*(page.made for page in pages), compared]
+    events = [*(page.made for page in pages), compare.wire()]
     for page in pages:
 
         def stop(request: gr.Request, status: str, page: MakePage = page) -> str:
             return page.stopped(site.worker.stop(site.visitors.of(request).name), status)
 
         first = page is pages[0]
+        shown = [*(each.status for each in pages), compare.status]
+        statuses = [page.status, *(status for status in shown if status is not page.status)]
         page.stop.click(
             endpoint.named(stop, ["status"]),
             [page.status],
@@ -85,7 +102,7 @@ def _stop(site: Site, pages: list[MakePage], compared: Any) -> None:
             api_name="stop" if first else f"stop_{page.kind}",
             api_visibility="public" if first else "undocumented",
             api_description="Stop what you have running or waiting; says how far it came.",
-        )
+        ).then(None, statuses, statuses, js=STOPPED, api_visibility="private")
 
 
 def _prepare(page: MakePage, shown: Any) -> None:
@@ -98,8 +115,17 @@ def _prepare(page: MakePage, shown: Any) -> None:
         preprocess=False,
         api_name="prepare" if not page.clips else "prepare_video",
         api_visibility="undocumented",
-        concurrency_id=endpoint.DEVICE,
+        concurrency_id=PREPARING,  # no job is to wait behind it
         concurrency_limit=1,
         show_progress="hidden",
         trigger_mode="always_last",
+    ).then(  # of what is chosen by then
+        endpoint.named(page.price, page.form.names),
+        page.form.inputs,
+        [page.form.estimate],
+        preprocess=False,
+        queue=False,
+        show_progress="hidden",
+        api_name=f"prepared_{page.kind}",
+        api_visibility="undocumented",
     )

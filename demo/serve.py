@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..pipelines.errors import BadInput, JobFailed
 from .server.folder import private_folder
+from .server.gate import LOOPBACK
 
 if TYPE_CHECKING:
     from ..pipelines.job import Job
     from .server.limits import Limits
     from .site import Site
 
-# Requests of all visitors that may wait; more are refused with a message.
-QUEUE = 16
+# Requests of all visitors that may wait, estimates included; more are refused with a message.
+QUEUE = 64
 # At a time, of what is no job: those have a limit of their own.
 AT_ONCE = 4
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
@@ -47,6 +47,7 @@ def serve(
     share: bool = False,
     open_browser: bool = False,
     say: Callable[[str], None] = print,
+    log: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Offers the pages until Ctrl-C, or the signal that ends processes.
 
@@ -58,14 +59,13 @@ def serve(
         auth: "user:password"; None lets everybody in who reaches the address.
         share: have Gradio's servers pass on a public address.
         say: is given a line for the operator, the address above all.
+        log: is given a line for every job, without the prompt.
 
     Raises:
         BadInput, UnsupportedModel: a model that cannot be had, an address that cannot be used, `auth` of another form.
         JobFailed: there is no public address to be had.
     """
-    check_gradio()
-    login = None if auth is None else credentials(auth)
-    port = free_port(host, port)
+    port, login = check(host, port, auth)
     with _Ending() as ending, private_folder() as folder, _environment(folder):
         from .cost.pace import Pace
         from .server.shelf import Shelf
@@ -73,7 +73,7 @@ def serve(
         from .server.worker import Worker
         from .site import Site
 
-        shelf, worker = Shelf(models, job, weights), Worker()
+        shelf, worker = Shelf(models, job, weights), Worker(log)
         (made := folder / "made").mkdir()
         site = Site(shelf, worker, Visitors(made, worker), limits, Pace(), folder)
         address = {"server_name": f"[{host}]" if ":" in host else host, "server_port": port, "share": share}
@@ -99,13 +99,16 @@ def running(site: Site, **launch: Any) -> Iterator[str]:
         yield local
 
 
-def check_gradio() -> None:
-    """
+def check(host: str, port: int, auth: str | None) -> tuple[int, Callable[[str, str], bool] | None]:
+    """The port, as `free_port`, and who is let in, as `credentials`; tells before anything is imported what is wrong.
+
     Raises:
-        BadInput: it is not installed.
+        BadInput: Gradio is not installed, or as these two.
     """
     if importlib.util.find_spec("gradio") is None:
         raise BadInput('the demo needs Gradio, which is not installed: pip install "attnswap[demo]"')
+    login = None if auth is None else credentials(auth)
+    return free_port(host, port), login
 
 
 def credentials(text: str) -> Callable[[str, str], bool]:
@@ -178,9 +181,18 @@ def _launched(site: Site, **launch: Any) -> Iterator[tuple[str, str | None]]:
     from .server import uploads
     from .server.gate import Gate
 
-    blocks = app.build(site).queue(max_size=QUEUE, default_concurrency_limit=AT_ONCE)
+    host = str(launch["server_name"]).strip("[]")
+    middleware = Middleware(
+        Gate,
+        max_upload=uploads.MAX_BYTES,
+        only_here=host in LOOPBACK and not launch.get("share") and launch.get("auth") is None,
+        cancelled=site.worker.ask,
+        has_room=uploads.Room(site.folder / "cache").take,
+    )
+    # Closed: what has a queue would go past it otherwise, and as many at once as there are threads.
+    blocks = app.build(site).queue(max_size=QUEUE, default_concurrency_limit=AT_ONCE, api_open=False)
     ours = {
-        "app_kwargs": {"middleware": [Middleware(Gate, max_upload=uploads.MAX_BYTES)]},
+        "app_kwargs": {"middleware": [middleware]},
         "blocked_paths": _not_for_visitors(site.folder),
         "enable_monitoring": False,
         "footer_links": [],

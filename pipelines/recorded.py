@@ -49,7 +49,13 @@ def find(job: Job, original: Original) -> tuple[Job, load.Model, str]:
             raise BadInput(f"{original.path} asks for the {what} {_shown(name)}: on a network share nothing is opened.")
     if job.image is not None and "image" not in changes:
         job = dataclasses.replace(job, image=_image(job.image, original))
-    model = load.find(job.model, variant=job.variant, ask="model" in changes)
+    try:
+        model = load.find(job.model, variant=job.variant, ask="model" in changes)
+    except BadInput as error:
+        if "model" in changes or "--model" in str(error):
+            raise
+        # As `attnswap demo` calls the folders of its operator by their names alone.
+        raise BadInput(f"{error} If it is in another folder, --model FOLDER says so.") from error
     if "loras" not in changes:
         for adapter in job.loras:
             lora.lora_file(adapter, ask=False)

@@ -122,7 +122,8 @@ def open_mp4(path: Path) -> Iterator[Any]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        # Said, as FFmpeg goes by what is in a file: a playlist by this name would have it open others.
+        with av.open(str(path), format="mov") as container:
             yield container
     except av.FFmpegError as error:
         if isinstance(error, UNREADABLE):

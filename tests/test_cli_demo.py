@@ -59,6 +59,16 @@ def test_wrong_use_is_a_line(attnswap: Cli, flags: list[Any], said: str) -> None
     refused(attnswap("demo", "--port", 0, *flags), said)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--auth", "ann"], "USER:PASSWORD"), (["--port", "99999"], "--port 99999 is out of range")]
+)
+def test_what_is_wrong_with_the_address_is_said_at_once(flags: list[str], said: str) -> None:
+    script = "import sys; from attnswap import cli; cli.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", script, "demo", *flags], capture_output=True, text=True)
+    assert said in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     """Runs the command in a process of its own, whose temporary files go to `tmp_path`."""
@@ -95,18 +105,36 @@ def test_it_says_where_it_is_and_a_signal_ends_it_within_a_step_with_all_its_fil
     assert said
     [folder] = tmp_path.glob("attnswap-demo-*")
     client = Client(said[1], verbose=False, download_files=tmp_path / "downloads")
-    client.predict("a fox", image=None, steps=2, api_name="/image")
-    assert list(folder.glob("made/*/1-a-fox-seed-0.png"))
-    long = client.submit("a fox", image=None, width=256, height=256, steps=100, api_name="/image")
+    long = client.submit("a fox", image=None, width=128, height=128, steps=100, api_name="/image")
     end = time.monotonic() + PATIENCE
     while not re.search(r"step \d+ of 100", str(long.outputs())):
         assert time.monotonic() < end
         time.sleep(0.05)
+    assert list(folder.glob("made/*"))
     server.send_signal(signal.SIGTERM)
     out, err = server.communicate(timeout=PATIENCE)
     assert (server.returncode, out) == (0, "Ending after this step; once more ends at once.\n")
     assert "Traceback" not in err
+    job = r"^[\d:]{8} visitor \w{4}: emoji-sd, 128x128, 100 steps, dense: [\d.]+ s, Stopped after step \d+ of 100\.$"
+    assert re.search(job, err, re.MULTILINE)
+    assert "fox" not in err
     assert list(tmp_path.glob("attnswap-demo-*")) == []
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_is_told_that_it_is_starting_where_that_takes_a_while(
+    attnswap: Cli, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    def serve(*_: Any, say: Callable[[str], None], **__: Any) -> None:
+        time.sleep(0.2)
+        say("here")
+        time.sleep(0.1)
+
+    monkeypatch.setattr("attnswap.demo.serve.serve", serve)
+    monkeypatch.setattr("attnswap.cli.demo.PATIENCE", 0.05)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    starting = "attnswap demo: starting ...\n" if terminal else ""
+    assert attnswap("demo") == (0, f"{starting}here\n", "")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")

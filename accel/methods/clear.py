@@ -167,8 +167,9 @@ class ClearStrategy(Strategy):
             self._rope = self.family.rope(self.model)
         if not self._tensors:
             return
+        dtype: Any = self.model.dtype
         for name in self.layers:
-            layer = ClearLayer.beside(self.attention[name], self._tensors[name], self.model)
+            layer = ClearLayer.beside(self.attention[name], self._tensors[name], dtype)
             self.attention[name].add_module(CHILD, layer)
         self._tensors = {}
         renew_group_offloading(self.model)

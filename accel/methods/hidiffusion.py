@@ -98,8 +98,8 @@ class HiDiffusion(Config):
             raise ValueError(f"windows must be two whole numbers of at least 1, got {self.windows!r}")
         if not _is_number(self.active_above) or not self.active_above >= 0:
             raise ValueError(f"active_above must be a number of at least 0, got {self.active_above!r}")
-        if not _is_int(self.seed):
-            raise ValueError(f"seed must be a whole number, got {self.seed!r}")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be a whole number, at least 0 and below 2**63, got {self.seed!r}")
         if self.large_side is not None and (not _is_int(self.large_side) or self.large_side < 1):
             raise ValueError(f"large_side must be a latent side of at least 1, got {self.large_side!r}")
         for name in ("t1", "t2", "aggressive", "controlnet_end"):

@@ -124,11 +124,12 @@ class LinFusionStrategy(Strategy):
             )
 
     def install(self, *, passive: bool) -> None:
+        dtype: Any = self.model.dtype
         for attn, tensors in zip(self.attention.values(), self._tensors, strict=True):
-            attn.add_module(CHILD, LinFusionLayer.beside(attn, tensors, self.model))
+            attn.add_module(CHILD, LinFusionLayer.beside(attn, tensors, dtype))
         self._tensors = []
         renew_group_offloading(self.model)
-        if self.source == _FP16_UNSTABLE and getattr(self.model, "dtype", None) == torch.float16:
+        if self.source == _FP16_UNSTABLE and dtype == torch.float16:
             self.context.recorder.note(f"{_FP16_UNSTABLE} is reported unstable in float16: use bfloat16", warn=True)
         if self.config.weights is None:
             self.context.recorder.note("no distilled weights: the pictures will be poor", warn=True)

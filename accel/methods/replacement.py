@@ -39,10 +39,14 @@ class ReplacementLayer(nn.Module):
                 self.register_buffer(name, tensors[published], persistent=False)
 
     @classmethod
-    def beside(cls, attn: Any, tensors: Mapping[str, Tensor], model: Any) -> Self:
-        """A layer whose tensors are where `attn` computes, in the precision `model` computes in."""
+    def beside(cls, attn: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Self:
+        """A layer whose tensors are where `attn` computes.
+
+        Args:
+            dtype: that its model computes in; Diffusers goes through all modules to tell it, so ask once.
+        """
         where = device_of(attn)
-        return cls({name: x.to(where, model.dtype) for name, x in tensors.items()})
+        return cls({name: x.to(where, dtype) for name, x in tensors.items()})
 
     def published(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors by their published names, in the published order."""

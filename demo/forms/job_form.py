@@ -21,7 +21,7 @@ from ...pipelines.job import Job
 from ..cost.estimate import estimate
 from ..endpoint import named
 from ..server import uploads
-from . import reading, recall
+from . import reading, recall, sizes
 from .method_form import MethodForm, refused
 from .reading import LABELS
 
@@ -30,14 +30,20 @@ if TYPE_CHECKING:
     from ..server.visitors import Visitor
     from ..site import Site
 
-# How often the native side.
-FACTORS = (1, 2, 3, 4, 6, 8)
-NATIVE, OWN = "native", "own"
 #: A number that is not given. Gradio shows None as 0.
 EMPTY = ""
 #: Estimates wait for one another, and for nothing else.
 ESTIMATES = "estimates"
 NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
+
+# Gradio tells of a dropdown that is left as of one in which something was chosen: then there is no model.
+BEFORE = """(model) => {{ document.getElementById("{elem}-model").dataset.before = model; return []; }}"""
+CHOSEN = """(...values) => {{
+  const shown = document.getElementById("{elem}-model").dataset, model = values[{place}];
+  if (shown.before === model) values[{place}] = null;
+  shown.before = model;
+  return values;
+}}"""
 
 
 class JobForm:
@@ -50,16 +56,20 @@ class JobForm:
         clips: whether of models that make clips; None for all.
         elem: prefix of the elements' ids, and of the names of its events.
         method: whether to ask for one.
+        larger: whether to begin above the native size, where methods have something to do, if this is quick.
 
     Attributes:
         inputs: The controls.
         names: Of these at endpoints.
         estimate: What it would cost, as it is chosen now.
         method: The controls of the method.
+        place: Where a page puts the controls of methods that are not asked for here.
+        actions: For buttons: stays in sight, with the estimate.
     """
 
-    def __init__(self, site: Site, *, clips: bool | None, elem: str, method: bool = True) -> None:
-        self.site, self._elem = site, elem
+    def __init__(self, site: Site, *, clips: bool | None, elem: str, method: bool = True, larger: bool = False) -> None:
+        self.site, self._elem, self._larger = site, elem, larger
+        self._largest = site.limits.max_size
         self.offers = tuple(offer for offer in site.shelf.offers if clips is None or offer.clips == clips)
         self._clips, self._pictures = clips is not False, clips is not True
         self.first = first = self.offers[0]
@@ -67,20 +77,23 @@ class JobForm:
         props = self.props(first)
         self._prompt(props)
         self._add(gr.Dropdown, "model", props)
-        self.method = MethodForm(site, first, elem=elem) if method else None
+        with gr.Column(min_width=0) as self.place:
+            self.method = MethodForm(site, first, elem=elem) if method else None
         self._size(props)
-        with gr.Row():
+        with gr.Row(visible=first.clips) as self._of_clips:
             if self._clips:
                 self._add(gr.Number, "frames", props, min_width=120)
                 self._add(gr.Textbox, "fps", props, min_width=120)
-            self._add(gr.Number, "steps", props, min_width=120)
-            self._add(gr.Number, "guidance", props, min_width=120)
-            self._add(gr.Number, "true_cfg", props, min_width=120)
+        with gr.Row():
+            self._add(gr.Number, "steps", props, min_width=100)
+            self._add(gr.Number, "guidance", props, min_width=100)
+            self._add(gr.Number, "true_cfg", props, min_width=100)
             self._new_seed = gr.Button("New seed", size="sm", elem_id=f"{elem}-seed-new", render=False)
             self._add(gr.Number, "seed", props, min_width=160, buttons=[self._new_seed])
         self._route(props)
         self._picture(props)
-        self.estimate = gr.Markdown(elem_id=f"{elem}-estimate", container=True, min_height=48)
+        with gr.Column(elem_classes="actions", min_width=0) as self.actions:
+            self.estimate = gr.Markdown(elem_id=f"{elem}-estimate")
         of_method = self.method
         self.inputs: list[Component] = [*self.controls.values(), *(of_method.inputs if of_method else ())]
         self.names: list[str] = [*self.controls, *(of_method.names if of_method else ())]
@@ -97,7 +110,7 @@ class JobForm:
         )
 
     def _prompt(self, props: dict[str, dict[str, Any]]) -> None:
-        self._add(gr.Textbox, "prompt", props, lines=2, max_lines=6)
+        self._add(gr.Textbox, "prompt", props, lines=1, max_lines=6)
         self.examples = gr.Dataset(
             components=[self.controls["prompt"]],
             show_label=False,
@@ -116,10 +129,11 @@ class JobForm:
                 interactive=True,
                 min_width=240,
                 scale=2,
-                **self._sizes(self.first, None, None),
+                **sizes.choice(self.first, self._largest, *self._begin(self.first)),
             )
             self._add(gr.Number, "width", props, min_width=100)
             self._add(gr.Number, "height", props, min_width=100)
+        self._left_out = gr.Markdown(**sizes.left_out(self.first, self._largest), elem_classes="remark")
 
     def _route(self, props: dict[str, dict[str, Any]]) -> None:
         goals = [*(["larger pictures"] if self._pictures else []), *(["longer clips"] if self._clips else [])]
@@ -142,9 +156,13 @@ class JobForm:
             if self._pictures:
                 self._add(gr.Number, "strength", props, step=0.05)
 
+    def _begin(self, offer: Offer) -> tuple[int | None, int | None]:
+        """Width and height that are given at first; None for the native ones."""
+        return sizes.above(offer, self._largest) if self._larger else (None, None)
+
     def props(self, offer: Offer) -> dict[str, dict[str, Any]]:
         """Control → what it is like with a model, all values as its preset has them."""
-        native = offer.native
+        native, (width, height) = offer.native, self._begin(offer)
 
         def usual(value: Any) -> dict[str, Any]:
             return {"value": EMPTY, "placeholder": "" if value is None else f"default: {value}"}
@@ -153,8 +171,8 @@ class JobForm:
             "prompt": {"value": next(iter(examples(offer)), ""), "placeholder": "what to show"},
             "negative": {"value": "", "placeholder": "what not to show", "visible": offer.takes_negative},
             "model": {"choices": [each.label for each in self.offers], "value": offer.label, "filterable": False},
-            "width": usual(native.width),
-            "height": usual(native.height),
+            "width": {**usual(native.width), **({"value": width} if width else {})},
+            "height": {**usual(native.height), **({"value": height} if height else {})},
             "steps": usual(native.steps),
             "guidance": usual(native.guidance and f"{native.guidance:g}"),
             "true_cfg": {**usual(None), "visible": _has_true_cfg(offer)},
@@ -180,23 +198,6 @@ class JobForm:
                 "visible": _takes_strength(offer),
             },
         }
-
-    def _sizes(self, offer: Offer, width: int | None, height: int | None) -> dict[str, Any]:
-        """Of the control of presets: those within the limits, and the one that is chosen."""
-        native, largest = offer.native, self.site.limits.max_size
-        if native.width is None or native.height is None:
-            return {"visible": False, "choices": [], "value": None}
-        sides = [(factor, native.width * factor, native.height * factor) for factor in FACTORS]
-        known = [(factor, *size) for factor, *size in sides if max(size) <= largest]
-        choices = [
-            (f"native {wide}×{high}", NATIVE) if factor == 1 else (f"{factor}× {wide}×{high}", f"{wide}x{high}")
-            for factor, wide, high in known
-        ]
-        wide, high = width or native.width, height or native.height
-        now = NATIVE if (wide, high) == (native.width, native.height) else f"{wide}x{high}"
-        chosen = now if now in [value for _, value in choices] else OWN
-        beyond = f"Larger ones are beyond this server's {largest} pixels a side." if len(known) < len(sides) else None
-        return {"visible": True, "choices": [*choices, ("own width and height", OWN)], "value": chosen, "info": beyond}
 
     def _accordion_props(self, offer: Offer) -> dict[str, Any]:
         title = "Begin with a picture" + (": this model needs one" if offer.needs_picture else "")
@@ -239,6 +240,15 @@ class JobForm:
             job = _with_picture(job, offer, uploads.picture(upload, visitor.folder))
         return offer, job
 
+    def possible(self, offer: Offer, job: Job) -> None:
+        """Whether the model can do it, without its weights.
+
+        Raises:
+            BadInput, UnsupportedModel: it cannot, or gets beyond the limits where it fills in what was left empty.
+        """
+        planned = task.plan(job, offer.model, offer.pipe, offer.preset, self.site.shelf.device)
+        self.site.limits.check(planned.job)
+
     def _check(self, offer: Offer, read: dict[str, Any], upload: str | None) -> None:
         """
         Raises:
@@ -278,8 +288,11 @@ class JobForm:
         self.examples.click(lambda chosen: chosen[0], self.examples, of["prompt"], **quick, api_name=f"{elem}_example")
         self._new_seed.click(None, None, of["seed"], js=NEW_SEED, show_progress="hidden")
         # By its user alone: a record that is put back brings its own values.
-        of["model"].input(self._for_model, self.inputs, self.inputs, **raw, api_name=f"{elem}_model")  # type: ignore[attr-defined]
-        around = [self.examples, self._routes, self._accordion, *((self.method.why_not,) if self.method else ())]
+        of["model"].focus(None, of["model"], None, js=BEFORE.format(elem=elem), api_visibility="private")  # type: ignore[attr-defined]
+        chosen = CHOSEN.format(elem=elem, place=list(of).index("model"))
+        of["model"].input(self._for_model, self.inputs, self.inputs, js=chosen, **raw, api_name=f"{elem}_model")  # type: ignore[attr-defined]
+        around = [self.examples, self._of_clips, self._left_out, self._routes, self._accordion]
+        around += [self.method.why_not] if self.method else []
         of["model"].change(self._around, of["model"], around, **raw, api_name=f"{elem}_around")  # type: ignore[attr-defined]
         self.size.input(self._set_size, self.size, [of["width"], of["height"]], **raw, api_name=f"{elem}_size")
         sized = [of["model"], of["width"], of["height"]]
@@ -322,6 +335,8 @@ class JobForm:
 
     def _for_model(self, *values: Any) -> list[dict[str, Any]]:
         given = dict(zip(self.controls, values, strict=False))
+        if given["model"] is None:
+            return [gr.skip() for _ in self.inputs]
         offer = self._offer(given["model"])
         kept = {"seed": given["seed"]}
         if given["prompt"] and given["prompt"] not in {text for each in self.offers for text in examples(each)}:
@@ -336,22 +351,25 @@ class JobForm:
         shown = examples(offer)
         updates = [
             gr.update(samples=[[text] for text in shown], visible=bool(shown)),
+            gr.update(visible=offer.clips),
+            gr.update(**sizes.left_out(offer, self._largest)),
             gr.update(visible=len(offer.routes) > 1),
             gr.update(**self._accordion_props(offer)),
         ]
         return [*updates, gr.update(value=refused(offer))] if self.method else updates
 
     def _set_size(self, chosen: Any) -> list[Any]:
-        if chosen == NATIVE:
+        if chosen == sizes.NATIVE:
             return [EMPTY, EMPTY]
         width, by, height = str(chosen).partition("x")
         return [int(width), int(height)] if by and width.isdecimal() and height.isdecimal() else [gr.skip()] * 2
 
-    def _for_size(self, model: Any, width: Any, height: Any) -> list[dict[str, Any]]:
+    def _for_size(self, model: Any, width: Any, height: Any) -> Any:
+        """Updates of `size` and of the method's controls; where there are none, no list, which would be a value."""
         offer = self._offer(model)
         width, height = (int(side) if isinstance(side, int | float) and side > 0 else None for side in (width, height))
-        updates = [gr.update(**self._sizes(offer, width, height))]
-        return [*updates, *self.method.for_size(offer, width, height)] if self.method else updates
+        update = gr.update(**sizes.choice(offer, self._largest, width, height))
+        return [update, *self.method.for_size(offer, width, height)] if self.method else update
 
     def _for_route(self, route: Any) -> list[dict[str, Any]]:
         return [gr.update(visible=route == "windows")] * 2

@@ -20,11 +20,12 @@ from .. import endpoint
 from ..forms import method_form
 from ..forms.job_form import JobForm
 from ..forms.method_form import MethodForm
+from ..server import log
 from ..server.live import without_folders
 from ..server.worker import Failed, Finished, Progress, Stopped
 from . import verdict, words
 from .charts import Charts
-from .make import STATUS, WAITING
+from .make import SHOW, STATUS, WAITING
 
 if TYPE_CHECKING:
     from ...pipelines.compare.figures import Comparison, Outcome
@@ -44,7 +45,10 @@ WELCOME = (
 )
 NOTHING_DONE = "Nothing was finished, so there is nothing to compare."
 TAKEN_OUT = "Stopped: it was taken out of the queue."
-BEGIN = f"() => '{WAITING}'"
+BEGIN = f"""() => {{
+  {SHOW}
+  return "{WAITING}";
+}}"""
 
 
 class Opponent(MethodForm):
@@ -58,6 +62,8 @@ class Opponent(MethodForm):
 
     def choices(self, offer: Offer) -> tuple[str, ...]:
         found = [one for one in super().choices(offer) if one not in (method_form.DENSE, settings.AUTO)]
+        # First what the model's preset is made for, as the first one is chosen.
+        found.sort(key=lambda one: one not in (method_form.NONE, *offer.preset.methods))
         return (*found, settings.AUTO)
 
 
@@ -91,13 +97,16 @@ class ComparePage:
         self.site = site
         with gr.Row(elem_classes="page"):
             with gr.Column(min_width=320):
-                self.form = JobForm(site, clips=None, elem="compare", method=False)
-                self.first = Opponent(site, self.form.first, elem="compare")
-                self.second = Opponent(site, self.form.first, prefix=SECOND, optional=True, elem="compare-second")
+                self.form = JobForm(site, clips=None, elem="compare", method=False, larger=True)
+                with self.form.place:
+                    self.first = Opponent(site, self.form.first, elem="compare")
+                    self.second = Opponent(site, self.form.first, prefix=SECOND, optional=True, elem="compare-second")
                 self.second.why_not.visible = False  # the same as of the first
-                with gr.Row(elem_classes="buttons"):
-                    self.go = gr.Button("Compare", variant="primary", elem_id="compare-go")
-                    self.stop = gr.Button("Stop", elem_id="compare-stop")
+                with self.form.actions:
+                    self.runs = gr.Markdown(runs(self.second.choice.value), elem_id="compare-runs")
+                    with gr.Row(elem_classes="buttons"):
+                        self.go = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare-go")
+                        self.stop = gr.Button("Stop", min_width=120, elem_id="compare-stop")
             with gr.Column(min_width=320, elem_classes="result"):
                 self._build_results()
         self.inputs = [*self.form.inputs, *self.first.inputs, *self.second.inputs]
@@ -170,6 +179,9 @@ class ComparePage:
             api_name="compare_methods",
             **quick,
         )
+        self.second.choice.change(
+            runs, self.second.choice, self.runs, preprocess=False, api_name="compare_runs", **quick
+        )
         begin = [self.go.click, self.form.controls["prompt"].submit]  # type: ignore[attr-defined]
         gr.on(begin, None, None, [self.status], js=BEGIN, api_visibility="private")
         made = gr.on(
@@ -186,6 +198,9 @@ class ComparePage:
             show_progress="hidden",
             trigger_mode="once",
         )
+        # As soon as it is as high as what it has.
+        shown = f"() => {{ setTimeout(() => {{ {SHOW} }}, 500); }}"
+        made.success(None, None, None, js=shown, api_visibility="private")
         self.stop.click(
             endpoint.named(self.rest, ["status"]),
             [self.status],
@@ -215,6 +230,7 @@ class ComparePage:
         visitor = self.site.visitors.of(request)
         try:
             offer, job, variants = self._asked(values, visitor)
+            self.form.possible(offer, job)
         except endpoint.SAID as error:
             yield from self._failed(without_folders(str(error)))
             return
@@ -242,7 +258,7 @@ class ComparePage:
         visitor = self.site.visitors.of(request)
         said = self.site.worker.stop(visitor.name)
         if visitor.comparison is not None and visitor.comparison[0].interrupted:
-            return self._shown(*visitor.comparison)
+            return self._shown(*visitor.comparison, said)
         return (TAKEN_OUT if status == WAITING else said, *[gr.skip() for _ in self.outputs[1:]])
 
     def opposite(self, request: gr.Request, name: str) -> tuple[Any, Any]:
@@ -271,7 +287,9 @@ class ComparePage:
     ) -> tuple[Comparison, Path]:
         live.say(words.preparing(offer))
         session = self.site.shelf.session(offer)
-        self.site.limits.check(session.plan(job).job)
+        planned = session.plan(job).job
+        self.site.limits.check(planned)
+        live.what = log.described(planned, [DENSE.name, *(variant.name for variant in variants)])
         folder = visitor.new_folder()
         with TemporaryDirectory(dir=self.site.folder) as work:
             found = compare(
@@ -284,6 +302,7 @@ class ComparePage:
                 session=session,
                 watch=lambda runs, stages: Runs(live, runs, stages),
                 work=Path(work),
+                made=visitor.keep_compared,
             )
             if found.frames:
                 for outcome in found.outcomes.values():
@@ -293,17 +312,17 @@ class ComparePage:
         visitor.comparison = found, folder
         return found, folder
 
-    def _shown(self, found: Comparison, folder: Path) -> tuple[Any, ...]:
-        """Values of all outputs."""
+    def _shown(self, found: Comparison, folder: Path, stopped: str = "Stopped.") -> tuple[Any, ...]:
+        """Values of all outputs; `stopped` is said of one that was."""
         others = [variant.name for variant in found.variants[1:]]
         made = [variant.name for variant in found.variants[1:] if found.summary(variant).made]
         right = (made or others)[0]
         slider, caption = _pictures(found, folder, right)
         clip = folder / f"{files.STITCHED}.mp4"
-        said = [*(["Stopped."] if found.interrupted else []), *verdict.sentences(found)]
+        said = [*([stopped] if found.interrupted else []), *verdict.sentences(found)]
         problems = verdict.problems(found)
         return (
-            gr.HTML(" ".join(said), preview=None),
+            gr.HTML("\n".join(said), preview=None),
             found.to_dict(),
             slider,
             gr.Video(str(clip) if clip.exists() else None, visible=clip.exists()),
@@ -325,6 +344,12 @@ class ComparePage:
     def _failed(self, message: str) -> Iterator[tuple[Any, ...]]:
         yield self._said(f"Not compared: {message}")
         raise endpoint.message(message)
+
+
+def runs(second: str | None) -> str:
+    """What the estimate is of, and how often something like it is done."""
+    number = "three" if second and second != method_form.NONE else "two"
+    return f"That is of one dense run. There will be {number} runs, after a warm-up of each."
 
 
 def name_of(methods: dict[str, dict[str, Any]]) -> str:

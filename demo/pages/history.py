@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -11,13 +12,17 @@ from ...pipelines.errors import BadInput
 from .. import endpoint
 from . import restore
 from .inside import tab_of
+from .words import MARKUP
 
 if TYPE_CHECKING:
     from ..forms.job_form import JobForm
     from ..server.visitors import Entry
     from ..site import Site
 
-NOTHING = "Nothing made yet in this visit."
+NOTHING = (
+    "Nothing made yet in this visit. What you make on Image and Video will be here, and a click on it will bring its "
+    "settings back."
+)
 CLICK = "Made in this visit, the newest first. Click one to have all its settings back on the page that made it."
 # Of a prompt, below a thumbnail.
 PROMPT = 60
@@ -58,7 +63,7 @@ class HistoryPage:
         """Its events; settings go into one of the forms, and its tab is shown."""
         self.forms = image_form, video_form
         self.ids = [tab.id if (tab := tab_of(form.inputs[0])) else None for form in self.forms]
-        outputs = [self.record, self.said, tabs, *image_form.inputs, *video_form.inputs, self.file]
+        self.outputs = outputs = [self.record, self.said, tabs, *image_form.inputs, *video_form.inputs, self.file]
         tab = tab_of(self.gallery)
         if tab is not None:
             tab.select(
@@ -115,13 +120,15 @@ class HistoryPage:
             raise endpoint.message(f"no entry {str(number)[:20]} of yours any more.")
         return self._restored(f"number {number:.0f}", entries[int(number)].result.record)
 
-    def restore(self, request: gr.Request, file: str | None) -> list[Any]:
+    def restore(self, request: gr.Request, file: str | None) -> Iterator[list[Any]]:
         """The settings that a dropped file remembers: as JSON, in words, and into the form of its kind."""
         if not file:
             raise endpoint.message("no file was given.")
         try:
-            return self._restored(restore.name_of(file), restore.record_of(file))
+            yield self._restored(restore.name_of(file), restore.record_of(file))
         except BadInput as error:
+            # The message goes with a click; below the place for files, which is empty for the next, it stays.
+            yield [None, str(error).translate(MARKUP), *[gr.skip()] * (len(self.outputs) - 3), None]
             raise endpoint.message(str(error)) from error
 
     def _restored(self, name: str, record: dict[str, Any]) -> list[Any]:

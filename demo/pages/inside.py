@@ -92,7 +92,7 @@ class InsidePage:
             label="Attention layers, dense ones first",
             interactive=False,
             wrap=True,
-            column_widths=[70, 310, 120, 130, 85, 115, 370],
+            column_widths=[60, 190, 110, 130, 75, 105, 290],
             max_height=420,
             show_search="search",
             buttons=["fullscreen"],

@@ -19,6 +19,7 @@ from .. import endpoint
 from ..cost import estimate
 from ..forms import reading
 from ..forms.job_form import JobForm
+from ..server import log
 from ..server.worker import Failed, Finished, Progress, Stopped
 from . import words
 
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from ..site import Site
 
 # As high as the picture, whatever is in its place, so that nothing below moves.
-HEIGHT = "min(30rem, 84vw)"
+HEIGHT = "min(30rem, 84vw, 52vh)"
 WAITING = "Waiting for its turn …"
+# Of a status in a browser: whether something is running, or waits.
+RUNNING = f"/^([0-9]+ %|{WAITING})/"
 # The text is escaped. That of a run begins with its share in percent, of which the bar is drawn; what has come about
 # so far is shown meanwhile, and stays where the run is stopped.
 STATUS = """
@@ -42,10 +45,14 @@ ${preview && /^([0-9]+ %|Stopped)/.test(value)
 <progress max="100" aria-label="Progress" ${/^[0-9]+ %/.test(value) ? 'value=' + parseInt(value) : 'hidden'}></progress>
 <p role="status" aria-live="polite">{{value}}</p>
 """
-# Somebody who has scrolled down to the button sees what comes of it. A click while something runs changes nothing.
+# The result is brought into view where it is below the form, or begins above what is seen.
+SHOW = """for (const shown of document.querySelectorAll(".page > .result")) {
+    const { top } = shown.getBoundingClientRect(), form = shown.previousElementSibling.getBoundingClientRect();
+    if (shown.offsetParent && (top < 0 || top >= form.bottom)) shown.scrollIntoView({ behavior: "smooth" });
+  }"""
+# A click while something runs changes nothing but that.
 BEGIN = f"""(status, words) => {{
-  for (const shown of document.querySelectorAll(".result .status"))
-    if (shown.offsetParent) shown.scrollIntoView({{ block: "nearest", behavior: "smooth" }});
+  {SHOW}
   if (/^[0-9]+ %/.test(status)) return [status, words, {{ __type__: "update" }}];
   return ["{WAITING}", "", {{ value: null, interactive: false, __type__: "update" }}];
 }}"""
@@ -69,7 +76,7 @@ class MakePage:
         with gr.Row(elem_classes="page"):
             with gr.Column(min_width=320):
                 self.form = JobForm(site, clips=clips, elem=self.kind)
-                with gr.Row(elem_classes="buttons"):
+                with self.form.actions, gr.Row(elem_classes="buttons"):
                     self.go = gr.Button("Generate", variant="primary", min_width=120, elem_id=f"{self.kind}-go")
                     self.stop = gr.Button("Stop", min_width=120, elem_id=f"{self.kind}-stop")
             with gr.Column(min_width=320, elem_id=f"{self.kind}-result", elem_classes="result"):
@@ -144,6 +151,7 @@ class MakePage:
         visitor = self.site.visitors.of(request)
         try:
             offer, job = self.form.job(values, visitor)
+            self.form.possible(offer, job)
         except endpoint.SAID as error:
             yield from self._failed(str(error))
             return
@@ -167,6 +175,7 @@ class MakePage:
         output = visitor.new_file(".mp4" if self.clips else ".png", job)
         task = session.plan(dataclasses.replace(job, output=output))
         self.site.limits.check(task.job)
+        live.what = log.described(task.job)
         live.expect(task.stages, preview=Preview(session.pipe))
         try:
             [result] = session.make([task], watch=live, say=live.say, look=live.look)
@@ -214,10 +223,16 @@ class MakePage:
             offer = self.site.shelf.offer(values[self.form.names.index("model")])
         except BadInput:
             return self.price(request, *values)
-        run = self.site.worker.run(visitor.name, lambda live: estimate.prepare(self.site, offer, live))
-        with closing(run) as events:
-            for _ in events:
-                pass
+
+        def work(live: Live) -> None:
+            # Who has run something wants the like again; nobody's model is to go because of a page that is opened.
+            if self.site.shelf.is_free_for(offer) or not self.site.worker.is_for_another(visitor.name):
+                estimate.prepare(self.site, offer, live)
+
+        with closing(self.site.worker.run(visitor.name, work, background=True)) as events:
+            for event in events:
+                if isinstance(event, Failed):
+                    return reading.in_words(event.message)
         return self.price(request, *values)
 
 

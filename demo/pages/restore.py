@@ -60,8 +60,9 @@ def record_of(path: str) -> dict[str, Any]:
 def restored(record: dict[str, Any], image_form: JobForm, video_form: JobForm) -> Restored:
     """
     Raises:
-        BadInput: the record does not say how it was made.
+        BadInput: the record does not say how it was made, or with more text than this server takes.
     """
+    image_form.site.limits.check_texts(str(record.get("prompt", "")), record.get("negative"))
     clip = record.get("frames") is not None
     updates, remarks = (video_form if clip else image_form).restored(record)
     other = [gr.skip()] * len((image_form if clip else video_form).inputs)

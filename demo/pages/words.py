@@ -43,9 +43,9 @@ def headline(result: Result) -> str:
 
 
 def explained(result: Result) -> str:
-    """Markdown: what was accelerated and what was not, then what else is to be known, a line each."""
+    """Markdown: what was accelerated and what was not, then what else is to be known, as a list."""
     lines = [*acceleration(result), *others(result), cost(result)]
-    return "\n\n".join(without_folders(line).translate(MARKUP) for line in lines)
+    return "\n".join(f"- {without_folders(line).translate(MARKUP)}" for line in lines)
 
 
 def acceleration(result: Result) -> list[str]:
@@ -73,9 +73,8 @@ def others(result: Result) -> list[str]:
 
 
 def cost(result: Result) -> str:
-    """Time and memory."""
-    device = result.record["device_name"]
-    took = f"Time: {seconds(result.seconds)} of denoising and decoding on {device}."
+    """What the time of the headline is of, and the memory."""
+    took = f"The time is of denoising and decoding, on {result.record['device_name']}."
     if result.peak_bytes is None:
         return took
     of = "this whole program, models included" if result.device.type == "cpu" else "the accelerator"

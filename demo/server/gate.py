@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
@@ -23,11 +28,18 @@ CLOSED = (
 )
 #: Where a path of this machine or an address in the web may follow, of which Gradio would fetch the second.
 FILES = (f"{API}/file=", f"{API}/file/")
-UPLOAD = f"{API}/upload"
+UPLOAD, CANCEL, LOGIN = f"{API}/upload", f"{API}/cancel", "/login"
 # Bytes of a request that is no upload: a form with everything filled in has some thousands.
 MAX_FORM = 4 * 2**20
 # Around the file of an upload.
 ENVELOPE = 2**16
+# So many wrong passwords in so many seconds, whoever gives them, and for the rest of these no more are looked at.
+GUESSES, GUESSED_IN = 10, 60.0
+
+# What Gradio answers to a wrong password.
+WRONG = 400
+#: Names of this machine for itself.
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -39,10 +51,25 @@ class Gate:
 
     Args:
         max_upload: bytes.
+        only_here: whether nobody but pages of this machine is to be answered, as nothing else keeps others out: a page
+            from the web that is open in a browser here could ask for this server, by its own origin, or by a name of
+            its own that leads to 127.0.0.1.
+        cancelled: is given the name of a visitor who does not want any more what is being made.
+        has_room: whether an upload of so many bytes is to be taken; asked in a thread.
     """
 
-    def __init__(self, app: Any, max_upload: int) -> None:
-        self._app, self._max_upload = app, max_upload
+    def __init__(
+        self,
+        app: Any,
+        max_upload: int,
+        *,
+        only_here: bool = False,
+        cancelled: Callable[[str], Any] = lambda visitor: None,
+        has_room: Callable[[int], bool] = lambda length: True,
+    ) -> None:
+        self._app, self._max_upload, self._only_here, self._cancelled = app, max_upload, only_here, cancelled
+        self._has_room = has_room
+        self._wrong: deque[float] = deque(maxlen=GUESSES)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,10 +80,22 @@ class Gate:
         if path.startswith(CLOSED) or ":/" in target:
             await _answer(send, 404, b"Not here.")
             return
-        most = self._max_upload + ENVELOPE if path.startswith(UPLOAD) else MAX_FORM
-        length = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        if self._only_here and not all(_is_here(headers[name]) for name in (b"host", b"origin") if name in headers):
+            await _answer(send, 403, b"This server answers to 127.0.0.1 and localhost alone.")
+            return
+        if path.startswith(LOGIN) and self._has_guessed():
+            await _answer(send, 429, b"Too many wrong passwords. Try again in a minute.")
+            return
+        uploads = path.startswith(UPLOAD) and scope["method"] == "POST"
+        most = self._max_upload + ENVELOPE if uploads else MAX_FORM
+        length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > most:
             await _answer(send, 413, f"More than {most // 2**20} MiB.".encode())
+            return
+        # What does not say how long it is counts as much as it may be.
+        if uploads and not await asyncio.to_thread(self._has_room, int(length) or most):
+            await _answer(send, 507, b"This server has no room for more files now. Try again later.")
             return
         count = 0
 
@@ -67,9 +106,35 @@ class Gate:
             count += len(message.get("body", b""))
             if count > most:
                 raise HTTPException(413, f"More than {most // 2**20} MiB.")
+            if path.startswith(CANCEL):
+                self._tell(message)
             return message
 
-        await self._app(scope, counted, send)
+        async def noted(message: Message) -> None:
+            if path.startswith(LOGIN) and message.get("status") == WRONG:
+                self._wrong.append(time.monotonic())
+            await send(message)
+
+        await self._app(scope, counted, noted)
+
+    def _has_guessed(self) -> bool:
+        return len(self._wrong) == GUESSES and time.monotonic() - self._wrong[0] < GUESSED_IN
+
+    def _tell(self, message: Message) -> None:
+        """Who cancels: Gradio itself makes no difference between that and a page that is gone."""
+        try:
+            self._cancelled(str(json.loads(message["body"])["session_hash"]))
+        except (ValueError, KeyError, TypeError):  # Gradio says what is wrong with it
+            return
+
+
+def _is_here(given: bytes) -> bool:
+    """Whether a host, or the origin of a page, is this machine by one of its own names for itself."""
+    text = given.decode("latin-1")
+    try:
+        return urlsplit(text if "//" in text else f"//{text}").hostname in LOOPBACK
+    except ValueError:
+        return False
 
 
 async def _answer(send: Send, status: int, text: bytes) -> None:

@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ...accel.errors import UnsupportedModel, WeightsError
+from ...pipelines.errors import BadInput, JobFailed
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ...pipelines.preview import Preview
     from ...pipelines.routes import Stage
 
+#: Of the visitor's making or the machine's, so that the message says it all.
+SAID = (BadInput, JobFailed, UnsupportedModel, WeightsError)
 # Seconds between two events that say nothing but a number.
 PAUSE = 0.1
 # The folders in front of a file's name; not the "//" of a web address.
@@ -50,11 +55,13 @@ class Live:
     Attributes:
         steps: (stage, step, seconds since the stage began, without previews) of every step so far.
         message: how far it came, for somebody who has stopped it.
+        what: is being run, in a line for the operator without anything that was typed; to be set, "" for nothing.
     """
 
     def __init__(self, tell: Callable[[Progress], None], stopped: Callable[[], bool] = lambda: False) -> None:
         self.steps: list[tuple[Stage, int, float]] = []
         self.message = "Stopped before the first step."
+        self.what = ""
         self._tell, self._stopped = tell, stopped
         self._stages: tuple[Stage, ...] = ()
         self._runs, self._run, self._name = 1, 1, ""

@@ -25,7 +25,9 @@ from ...pipelines.errors import BadInput
 from ...pipelines.job import Job
 from ...pipelines.names import HUB_ID, expanded
 from ...pipelines.routes.plan import CLIP_ROUTES, ROUTES
-from ...pipelines.session import Session
+from ...pipelines.session import Result, Session
+from ...pipelines.task import Task
+from .live import SAID, without_folders
 
 DENSE = "dense"
 
@@ -210,8 +212,12 @@ class Shelf:
         """
         if self._session is None or self._loaded is not offer:
             self.close()
-            self._session, self._loaded = Session(self.job(offer), model=offer.model), offer
+            self._session, self._loaded = _Session(self.job(offer), model=offer.model), offer
         return self._session
+
+    def is_free_for(self, offer: Offer) -> bool:
+        """Whether no other model is in memory."""
+        return self._loaded in (None, offer)
 
     def close(self) -> None:
         """Frees the memory."""
@@ -222,6 +228,30 @@ class Shelf:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class _Session(Session):
+    """That tells visitors, and the files that they take away, nothing of the folders of this machine."""
+
+    def plan(self, job: Job) -> Task:
+        planned = super().plan(job)
+        record = {**planned.record, **_image_alone(planned.record), "asked": _image_alone(planned.record["asked"])}
+        return dataclasses.replace(planned, record=record)
+
+    def make(self, tasks: Sequence[Task], **named: Any) -> tuple[Result, ...]:
+        try:
+            made = super().make(tasks, **named)
+        except SAID as error:
+            error.args = (without_folders(str(error)),)
+            raise
+        return tuple(
+            dataclasses.replace(result, notices=tuple(map(without_folders, result.notices))) for result in made
+        )
+
+
+def _image_alone(record: dict[str, Any]) -> dict[str, Any]:
+    """With the picture to begin with by its name: it is looked for beside the file, too (`recorded.find`)."""
+    return {**record, "image": record["image"] and Path(record["image"]).name}
 
 
 def _labels(models: Mapping[str, load.Model]) -> dict[str, str]:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import orjson
 from PIL import Image, ImageOps
 
 from ...pipelines import job, save
 from ...pipelines.errors import BadInput
 from ...pipelines.image_input import PICTURES
+from ...pipelines.names import SHOWN
+from ...pipelines.printable import printable
+from .limits import Limits
 from .live import without_folders
 
 MAX_PIXELS = 50_000_000
@@ -22,6 +30,50 @@ MAX_BYTES = 100 * 2**20
 # Of one visitor, in one folder.
 KEPT = 8
 BEGIN = "picture-"
+# Pixels of a side; a larger picture is made smaller, as nothing larger is made of it.
+SIDE = Limits.max_size
+# Characters of a record, with the prompts of all that shared a call.
+MAX_RECORD = 2**18
+# Bytes that a disk keeps free; those that uploads and what Gradio copies beside them take at most; the seconds between
+# two looks at how much that is.
+SPARE, MOST, RECOUNT = 2 * 2**30, 4 * 2**30, 10.0
+# A picture takes some hundred megabytes while it is read, however small its file.
+_READING = threading.Lock()
+
+
+class Room:
+    """On the disk.
+
+    Args:
+        folder: everything in it counts; it need not be there yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._guard = threading.Lock()
+        self._held = 0
+        self._counted: float | None = None
+
+    def take(self, length: int) -> bool:
+        """Whether there is room for a file of so many bytes, which counts from now on."""
+        with self._guard:
+            now = time.monotonic()
+            if self._counted is None or now - self._counted > RECOUNT:
+                self._held, self._counted = _bytes_in(self._folder), now
+            if self._held + length > MOST or shutil.disk_usage(self._folder).free - length < SPARE:
+                return False
+            self._held += length
+            return True
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # gone meanwhile
+                total += os.lstat(os.path.join(where, name)).st_size
+    return total
 
 
 def picture(path: str, into: Path) -> Path:
@@ -33,14 +85,25 @@ def picture(path: str, into: Path) -> Path:
         BadInput: no upload, no PNG, JPEG or WebP, damaged, or of more than `MAX_PIXELS`.
     """
     file = _uploaded(path)
-    with _in_a_line(file), Image.open(file, formats=PICTURES) as opened:
-        _check_pixels(file, opened)
-        image = ImageOps.exif_transpose(opened).convert("RGB")
-    image.info = {}
-    # Of the same name for the same picture: then nothing is made of it twice.
-    target = into / f"{BEGIN}{hashlib.sha256(image.tobytes()).hexdigest()[:16]}.png"
-    with save.atomic(target) as written:
-        image.save(written, format="PNG", compress_level=1)
+    found = file.stat()
+    # Of the same name for the same upload: then it is read once, and nothing is made of it twice.
+    name = hashlib.sha256(
+        f"{file}\n{found.st_mtime_ns}\n{found.st_size}".encode("utf-8", "surrogateescape")
+    ).hexdigest()
+    target = into / f"{BEGIN}{name[:16]}.png"
+    with _READING:
+        if target.exists():
+            os.utime(target)
+            return target
+        with _in_a_line(file), Image.open(file, formats=PICTURES) as opened:
+            _check_pixels(file, opened)
+            opened.draft("RGB", (SIDE, SIDE))
+            image: Image.Image = opened if opened.mode == "RGB" else opened.convert("RGB")
+            image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+            image = ImageOps.exif_transpose(image)
+        image.info = {}
+        with save.atomic(target) as written:
+            image.save(written, format="PNG", compress_level=1)
     earlier = sorted(into.glob(f"{BEGIN}*.png"), key=lambda other: other.stat().st_mtime_ns, reverse=True)
     for old in earlier[KEPT:]:
         old.unlink(missing_ok=True)
@@ -58,17 +121,36 @@ def made_here(path: str) -> dict[str, Any]:
     with _in_a_line(file):
         if kind == ".png":
             with save.open_png(file) as image:
-                if save.KEY not in image.info:  # then it is looked for behind the pixels
+                if not image.info.get(save.KEY):  # then it is looked for behind the pixels
                     _check_pixels(file, image)
-        elif kind == ".mp4":
-            _check_mp4(file)
-        elif kind != ".gif":
+        elif kind not in (".mp4", ".gif"):
             raise BadInput(f"{file.name} is no PNG, MP4 or GIF.")
         record = save.read_record(file)
         if "compare" in record:
             raise BadInput(f"{file.name} is a comparison; any one of its pictures or clips will do.")
         job.from_record(record)
-    return record
+        return _shown(file, record)
+
+
+def _shown(file: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """The record as a page can show it: with text in place of what another program has added that JSON cannot say.
+
+    Raises:
+        BadInput: it is very long, or one of the settings is a number, or a text, that none of ours is.
+    """
+    if (length := len(json.dumps(record))) > MAX_RECORD:
+        raise BadInput(f"{file.name} says {length} characters of how it was made; {MAX_RECORD} are the most.")
+    known = {*job.RECORDED, *job.ADDED, "asked"}
+    shown = {}
+    for name, value in record.items():
+        try:
+            orjson.dumps({name: value})  # as Gradio does
+            shown[name] = value
+        except orjson.JSONEncodeError:
+            if name in known:
+                raise BadInput(f"{file.name}: {name} is out of range.") from None
+            shown[printable(name, SHOWN)] = printable(str(value), SHOWN)
+    return shown
 
 
 def _uploaded(path: str) -> Path:
@@ -87,21 +169,12 @@ def _uploaded(path: str) -> Path:
 
 
 def _check_pixels(file: Path, image: Image.Image) -> None:
+    if getattr(image, "is_animated", False):  # the text behind its pixels is read by decoding all of them
+        raise BadInput(f"{file.name} is an animation, not a picture.")
     if image.width * image.height > MAX_PIXELS:
         raise BadInput(
             f"{file.name} has {image.width}x{image.height} pixels; {MAX_PIXELS // 1_000_000} million are the most."
         )
-
-
-def _check_mp4(file: Path) -> None:
-    """FFmpeg goes by what is in a file, not by its name, and a playlist would have it open others.
-
-    Raises:
-        BadInput: it does not begin as an MP4 does.
-    """
-    with file.open("rb") as opened:
-        if opened.read(8)[4:] != b"ftyp":
-            raise BadInput(f"{file.name} is not a readable MP4.")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from ...pipelines import save
 from ...pipelines.compare.variants import slug
 
 if TYPE_CHECKING:
+    from ...accel.report import Details, Report
     from ...pipelines.compare.figures import Comparison
     from ...pipelines.job import Job
     from ...pipelines.session import Result
@@ -25,10 +27,15 @@ if TYPE_CHECKING:
 
 MAX_VISITORS, MAX_ENTRIES = 64, 40
 THUMBNAIL = 256  # pixels a side, at most
+# Of the entries, those whose block masks can be looked at: a long clip has hundreds of MB of them.
+WITH_MASKS = 4
 # Seconds after which a visitor who has left is forgotten. A phone that is locked for a while comes back as the same.
-AWAY = 600.0
+AWAY = 1800.0
 #: Who asks without a browser.
 LOCAL = "local"
+
+# By layer and guidance branch.
+Masks = dict[tuple[str, int], Any]
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Entry:
         file: PNG, MP4 or GIF.
         thumbnail: PNG; of a clip its first frame.
         caption: what it shows and how it was made, in a line.
-        result: without its picture, which is in the file.
+        result: without its picture, which is in the file; of older entries without block masks, too.
     """
 
     number: int
@@ -94,14 +101,25 @@ class Visitor:
             file=file,
             thumbnail=thumbnail,
             caption=_caption(result.job),
-            result=dataclasses.replace(result, image=None),
+            result=dataclasses.replace(result, image=None, report=_with_masks(result.report, _on_cpu)),
         )
         self.entries.append(entry)
         for old in self.entries[:-MAX_ENTRIES]:
             old.file.unlink(missing_ok=True)
             old.thumbnail.unlink(missing_ok=True)
         del self.entries[:-MAX_ENTRIES]
+        for place, old in enumerate(self.entries[:-WITH_MASKS]):
+            report = _with_masks(old.result.report, lambda masks: {})
+            self.entries[place] = dataclasses.replace(old, result=dataclasses.replace(old.result, report=report))
         return entry
+
+    def keep_compared(self, result: Result) -> Entry:
+        """As `keep`, with a copy of the file: that of a comparison goes with it."""
+        file = result.job.output
+        assert file is not None
+        own = self.new_file(file.suffix, result.job)
+        shutil.copyfile(file, own)
+        return self.keep(dataclasses.replace(result, job=dataclasses.replace(result.job, output=own)))
 
 
 class Visitors:
@@ -134,9 +152,13 @@ class Visitors:
             return visitor
 
     def gone(self, request: Any) -> None:
-        """Stops what the visitor has running; the folder goes, too, unless the visitor is back before long."""
+        """Nobody listens at the page any more; the visitor is forgotten, with the folder, unless back before long.
+
+        Gradio tells of this whenever the connection breaks. A tab in the background keeps it, a locked phone loses it
+        and has the same page with the same name later. So what is running goes on (`worker.LINGER` has how long), and
+        is in the history of who comes back.
+        """
         name = str(getattr(request, "session_hash", None) or LOCAL)
-        self._worker.stop(name)
         with self._guard:
             if name in self._visitors:
                 self._left[name] = time.monotonic()
@@ -145,14 +167,30 @@ class Visitors:
     def _make_room(self, for_new: int = 1) -> None:
         """Forgets those who left long ago, and the longest idle beyond `MAX_VISITORS`."""
         now = time.monotonic()
-        forgotten = [name for name, when in self._left.items() if now - when > AWAY]
-        idle = [name for name in self._visitors if name not in forgotten]
-        surplus = len(idle) + for_new - MAX_VISITORS
-        candidates = (name for name in idle if not self._worker.busy(name))
+        idle = [name for name in self._visitors if not self._worker.busy(name)]
+        forgotten = [name for name in idle if now - self._left.get(name, now) > AWAY]
+        surplus = len(self._visitors) - len(forgotten) + for_new - MAX_VISITORS
+        candidates = (name for name in idle if name not in forgotten)
         forgotten += itertools.islice(candidates, max(0, surplus))
         for name in forgotten:
             self._left.pop(name, None)
             shutil.rmtree(self._visitors.pop(name).folder, ignore_errors=True)
+
+
+def _with_masks(report: Report | None, change: Callable[[Masks], Masks]) -> Report | None:
+    """A report with other block masks, and with all figures that were read off its own."""
+
+    def changed(details: Details | None) -> Details | None:
+        return details and dataclasses.replace(details, masks=change(details.masks))
+
+    return report and dataclasses.replace(report, details=tuple(map(changed, report.details)))
+
+
+def _on_cpu(masks: Masks) -> Masks:
+    return {
+        place: dataclasses.replace(mask, bits=mask.bits.cpu(), counts=mask.counts.cpu())
+        for place, mask in masks.items()
+    }
 
 
 def _first_frame(file: Path) -> Image.Image:

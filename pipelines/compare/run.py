@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from ...accel.errors import UnsupportedModel, WeightsError
 from ...accel.methods import methods
@@ -16,7 +17,7 @@ from .. import save, settings, task
 from ..errors import BadInput, JobFailed
 from ..job import Job
 from ..routes import Stage
-from ..session import Session
+from ..session import Result, Session
 from ..task import Task
 from . import files, text
 from .figures import Comparison, Outcome, Shot
@@ -46,6 +47,7 @@ def compare(
     session: Session | None = None,
     watch: Callable[[int, Sequence[Stage]], Watcher] | None = None,
     work: Path | None = None,
+    made: Callable[[Result], Any] = lambda result: None,
 ) -> Comparison:
     """Makes a picture or clip of every prompt and seed, with dense attention and with every variant.
 
@@ -64,6 +66,7 @@ def compare(
             the stages of each.
         work: an empty folder for the frames of clips, each clip's named by its file; they are left there. Without, they
             are not kept.
+        made: is given each picture or clip as it is there, with its whole report.
 
     Raises:
         BadInput, UnsupportedModel, WeightsError: nothing can be compared as asked for; nothing was run or written.
@@ -77,7 +80,7 @@ def compare(
     for variant in variants:
         settings.build({name: values for name, values in variant.methods.items() if name != settings.AUTO})
     with nullcontext(session) if session else Session(job) as session:
-        studio = Studio(session, job, folder, work or folder / WORK)
+        studio = Studio(session, job, folder, work or folder / WORK, made)
         dense = studio.plan(DENSE)
         notes = []
         if not variants:

@@ -53,10 +53,18 @@ class Studio:
         job: what all pictures have in common.
         folder: for the pictures; it need not be there yet.
         work: for what is needed meanwhile.
+        made: is given each picture or clip that is kept.
     """
 
-    def __init__(self, session: Session, job: Job, folder: Path, work: Path) -> None:
-        self.session, self.folder, self.work = session, folder, work
+    def __init__(
+        self,
+        session: Session,
+        job: Job,
+        folder: Path,
+        work: Path,
+        made: Callable[[Result], Any] = lambda result: None,
+    ) -> None:
+        self.session, self.folder, self.work, self._made = session, folder, work, made
         self._job = job
         kind = task.extension(session.model)
         self._kind = ".gif" if kind == ".mp4" and not save.has_av() else kind
@@ -127,7 +135,7 @@ class Studio:
                 frames = self._clip(self.frames(output.name))
                 plan = self.plan(variant, output=output, frames_dir=frames, prompt=shot.prompt, seed=shot.seed)
                 [result] = self.session.make([plan], watch=watch)
-                outcome = _outcome(result)
+                outcome = self._passed_on(result, _outcome(result))
             except Exception as error:
                 outcome = _failed(error, say)
         if outcome.error is not None:
@@ -135,6 +143,16 @@ class Studio:
         # Mostly of the prompt, and so of all variants.
         said = [text.shortened(line, LONGEST_HEARD) for line in heard]
         comparison.notes += [line for line in dict.fromkeys(said) if line not in comparison.notes]
+        return outcome
+
+    def _passed_on(self, result: Result, outcome: Outcome) -> Outcome:
+        """A run that went well has, also where nobody can take what it made, for want of space on the disk."""
+        try:
+            self._made(result)
+        except OSError as error:
+            return dataclasses.replace(
+                outcome, notes=(*outcome.notes, f"no copy of it was kept: {error.strerror or error}")
+            )
         return outcome
 
     def liken(self, comparison: Comparison, shot: Shot, say: Callable[[str], None]) -> None:

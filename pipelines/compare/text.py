@@ -43,6 +43,13 @@ def share(value: float | None) -> str:
     return NONE if value is None else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
+def percent(share: float) -> str:
+    """ "37 %", "1.9 %"."""
+    if 0 < share < 0.0005:
+        return "less than 0.1 %"
+    return f"{100 * share:.1f} %" if 0 < share < 0.0995 else f"{100 * share:.0f} %"
+
+
 def decibels(value: float | None) -> str:
     if value is None:
         return NONE
@@ -86,7 +93,7 @@ def about(dense: Task, shots: Sequence[Shot]) -> dict[str, str]:
         "steps": count(job.steps or 0, "step"),
         "guidance": "" if job.guidance is None else f"guidance {job.guidance:g}",
         "scheduler": job.scheduler or "",
-        "image": f"from {job.image}" if job.image else "",
+        "image": f"from {job.image.name}" if job.image else "",
         "strength": "" if job.strength is None else f"strength {job.strength:g}",
         "route": "" if job.route == "direct" else f"route {job.route}",
         "loras": ", ".join(f"LoRA {lora}" for lora in job.loras),

@@ -48,8 +48,15 @@ def test_gives_every_event_that_asks_the_server_a_name_of_its_own(config: dict[s
 
 def test_takes_the_device_for_one_event_at_a_time(site: Site) -> None:
     found = {fn.api_name: fn for fn in app.build(site).fns.values() if fn.concurrency_id == endpoint.DEVICE}
-    assert {"image", "video", "compare", "prepare", "prepare_video"} == set(found)
+    assert {"image", "video", "compare"} == set(found)
     assert {fn.concurrency_limit for fn in found.values()} == {1}
+
+
+def test_lets_no_job_wait_behind_the_timing_of_a_model(site: Site) -> None:
+    found = [fn for fn in app.build(site).fns.values() if str(fn.api_name).startswith("prepare")]
+    assert {(fn.concurrency_id, fn.concurrency_limit, fn.trigger_mode) for fn in found} == {
+        (app.PREPARING, 1, "always_last")
+    }
 
 
 @pytest.mark.parametrize("button", ["image-stop", "video-stop"])
@@ -61,6 +68,16 @@ def test_stop_cancels_everything_that_takes_the_device_and_waits_for_nothing(
     names = {event["id"]: event["api_name"] for event in config["dependencies"]}
     assert {names[each] for event in of_button for each in event["cancels"]} == {"image", "video", "compare"}
     assert not any(event["queue"] for event in of_button)
+
+
+@pytest.mark.parametrize("button", ["image-stop", "video-stop"])
+def test_stop_is_told_on_every_page_where_something_was_running(config: dict[str, Any], button: str) -> None:
+    ids = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
+    stops = [event for event in config["dependencies"] if button in [ids.get(number) for number, _ in event["targets"]]]
+    told = [event for event in config["dependencies"] if event["trigger_after"] in [stop["id"] for stop in stops]]
+    assert [{ids[number] for number in event["outputs"]} for event in told] == [
+        {"image-status", "video-status", "compare-status"}
+    ]
 
 
 def test_the_look_needs_nothing_from_the_network() -> None:
@@ -80,4 +97,7 @@ def test_sends_gradio_nothing_about_its_visitors(site: Site) -> None:
     blocks = app.build(site)
     assert isinstance(blocks, gr.Blocks)
     assert not blocks.analytics_enabled
-    assert blocks.delete_cache == app.COPIES
+
+
+def test_keeps_copies_of_files_for_as_long_as_a_page_may_show_them(site: Site) -> None:
+    assert app.build(site).delete_cache == (600, 24 * 3600)

@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from attnswap.demo import serve
 from attnswap.demo.cost.pace import Pace
+from attnswap.demo.server import gate, uploads
 from attnswap.demo.server.limits import Limits
 from attnswap.demo.server.shelf import Shelf
 from attnswap.demo.server.visitors import Visitors
@@ -120,6 +122,55 @@ def test_the_page_is_there(url: str) -> None:
     assert '"title":"attnswap"' in answer.text
 
 
+class TestPagesFromElsewhere:
+    """That are open in a browser on this machine, while the server is for this machine alone."""
+
+    @pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "", "[", "::1"])
+    def test_a_name_that_leads_here_is_not_answered(self, url: str, host: str) -> None:
+        assert httpx.get(url, headers={"Host": host}).status_code == 403
+
+    @pytest.mark.parametrize("host", ["localhost:1", "127.0.0.1", "[::1]:7860", "LOCALHOST"])
+    def test_names_of_this_machine_are(self, url: str, host: str) -> None:
+        assert httpx.get(url, headers={"Host": host}).status_code == 200
+
+    @pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost.evil.example"])
+    def test_their_requests_do_nothing(self, url: str, module_site: Site, origin: str) -> None:
+        """Browsers send those that need no leave; Gradio would run them, and only keep the answer back."""
+        posted = httpx.post(f"{url}gradio_api/call/image", json={"data": []}, headers={"Origin": origin})
+        assert posted.status_code == 403
+
+    def test_requests_of_the_own_page_do(self, url: str) -> None:
+        for origin in (url, "http://localhost:3000", "http://[::1]"):
+            posted = httpx.post(f"{url}gradio_api/call/history", json={"data": []}, headers={"Origin": origin})
+            assert posted.status_code == 200, origin
+
+    def test_where_a_password_is_asked_for_any_name_will_do(self, module_site: Site) -> None:
+        """As behind another server, which has a name; who comes by a name of their own has no cookie for it."""
+        with serve.running(module_site, auth=serve.credentials("ann:secret")) as url:
+            assert httpx.get(url, headers={"Host": "demo.example"}).status_code == 200
+
+
+class TestTheQueue:
+    @pytest.mark.parametrize("name", ["image", "prepare", "restore"])
+    def test_cannot_be_gone_past(self, url: str, name: str) -> None:
+        assert httpx.post(f"{url}gradio_api/run/{name}", json={"data": []}).status_code == 404
+        assert httpx.post(f"{url}gradio_api/api/{name}", json={"data": []}).status_code == 404
+
+    def test_is_not_needed_by_what_answers_at_once(self, url: str) -> None:
+        from gradio_client import Client
+
+        client = Client(url, verbose=False)
+        assert client.predict(api_name="/stop") == "Nothing of yours is running."
+        answer = httpx.post(f"{url}gradio_api/run/stop", json={"data": [""], "session_hash": "a"})
+        assert answer.status_code == 200
+
+
+def test_an_upload_that_there_is_no_room_for_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MOST", 0)
+    answer = httpx.post(f"{url}gradio_api/upload", files={"files": b"abc"})
+    assert (answer.status_code, "no room" in answer.text) == (507, True)
+
+
 class TestLongRequests:
     def test_a_form_that_is_none_is_refused(self, url: str) -> None:
         answer = httpx.post(f"{url}gradio_api/call/restore", content=b"x" * (4 * 2**20 + 1))
@@ -137,8 +188,8 @@ class TestLongRequests:
         for length, answer in ((2**20, b""), (101 * 2**20, b"HTTP/1.1 413")):
             with socket.create_connection((address.host, address.port or 0)) as raw:
                 raw.sendall(
-                    b"POST /gradio_api/upload HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=a\r\n"
-                    b"Content-Length: %d\r\n\r\n" % length
+                    b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\n"
+                    b"Content-Type: multipart/form-data; boundary=a\r\nContent-Length: %d\r\n\r\n" % length
                 )
                 raw.settimeout(0.5)
                 try:
@@ -181,6 +232,20 @@ class TestPasswords:
             with httpx.Client() as client:
                 client.post(f"{url}login", data={"username": "ann", "password": "secret"})
                 assert client.get(f"{url}config").status_code == 200
+
+    def test_they_cannot_be_guessed_at_any_pace(self, module_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gate, "GUESSED_IN", 2.0)
+        right = {"username": "ann", "password": "secret"}
+        with serve.running(module_site, auth=serve.credentials("ann:secret")) as url, httpx.Client() as client:
+            assert client.post(f"{url}login", data=right).status_code == 200
+            for guess in range(gate.GUESSES):
+                assert httpx.post(f"{url}login/", data={**right, "password": str(guess)}).status_code == 400
+            begun = time.monotonic()
+            assert httpx.post(f"{url}login", data=right).status_code == 429
+            assert client.get(f"{url}config").status_code == 200  # who is in stays in
+            while httpx.post(f"{url}login", data=right).status_code == 429:
+                assert time.monotonic() - begun < 10
+                time.sleep(0.1)
 
 
 class TestAddresses:
@@ -276,6 +341,24 @@ def test_a_client_that_cancels_frees_the_device(url: str, module_site: Site) -> 
         assert time.monotonic() < end
         time.sleep(0.02)
     assert Image.open(client.predict("a fox", image=None, steps=2, api_name="/image")[0]).size == (64, 64)
+
+
+def test_a_page_that_is_gone_does_not_lose_what_it_has_begun(url: str, module_site: Site) -> None:
+    """As a phone that is locked: what listened to the job is cut off."""
+    data = {"prompt": "a fox", "width": 128, "height": 128, "steps": 8}
+    begun = httpx.post(f"{url}gradio_api/call/v2/image", json=data).json()["event_id"]
+    end = time.monotonic() + 20
+    with httpx.stream("GET", f"{url}gradio_api/call/image/{begun}", timeout=20) as events:
+        next(line for line in events.iter_lines() if "step 1 of 8" in line)
+    [run] = module_site.worker._runs
+    while run._left is None:
+        assert run.thread.is_alive(), "it was done before Gradio knew"
+        time.sleep(0.02)
+    while run.thread.is_alive():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    entries = module_site.visitors.of(SimpleNamespace(session_hash=run.visitor)).entries
+    assert [entry.result.job.steps for entry in entries] == [8]
 
 
 def test_a_model_that_cannot_be_had_is_said_before_anything_listens(

@@ -142,3 +142,17 @@ def test_a_record_behind_the_pixels_is_found(picture: Image.Image, tmp_path: Pat
     text = chunk(b"iTXt", b'attnswap\0\0\0\0\0{"seed": 1}')
     (tmp_path / "a.png").write_bytes(whole[:-12] + text + whole[-12:])
     assert save.read_record(tmp_path / "a.png") == {"seed": 1}
+
+
+def test_a_file_of_another_kind_that_is_called_an_mp4_is_not_read(tmp_path: Path) -> None:
+    """FFmpeg would go by what is in it, and a playlist would have it open others."""
+    import av
+
+    with av.open(str(tmp_path / "a.mp4"), "w", format="matroska") as container:
+        container.metadata["attnswap"] = '{"seed": 1}'
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 32
+        container.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
+        container.mux(stream.encode(None))
+    with pytest.raises(BadInput, match="not a readable MP4"):
+        save.read_record(tmp_path / "a.mp4")

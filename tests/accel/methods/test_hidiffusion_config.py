@@ -35,7 +35,9 @@ from attnswap import HiDiffusion
         ({"raunet": 1}, "raunet must be True or False, got 1"),
         ({"window_attention": "no"}, "window_attention must be True or False, got 'no'"),
         ({"round_up": None}, "round_up must be True or False, got None"),
-        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": 1.5}, r"seed must be a whole number, at least 0 and below 2\*\*63, got 1.5"),
+        ({"seed": -1}, "seed must be a whole number, at least 0"),
+        ({"seed": 2**63}, "seed must be a whole number, .* got 9223372036854775808"),
         ({"large_side": 0}, "large_side must be a latent side of at least 1, got 0"),
     ],
 )

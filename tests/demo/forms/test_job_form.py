@@ -275,10 +275,11 @@ def test_the_sizes_are_up_to_eight_times_the_native_one_and_within_the_limits(si
         "8× 512×512",
         "own width and height",
     ]
-    assert form.size.info is None
-    limited = form_of(site).size
-    assert [text for text, _ in limited.choices][-2:] == ["4× 256×256", "own width and height"]
-    assert limited.info == "Larger ones are beyond this server's 256 pixels a side."
+    assert not form._left_out.visible
+    limited = form_of(site)
+    assert [text for text, _ in limited.size.choices][-2:] == ["4× 256×256", "own width and height"]
+    assert limited._left_out.value == "Larger ones are beyond this server's 256 pixels a side."
+    assert limited._left_out.visible
 
 
 def test_a_size_sets_width_and_height_and_these_show_which_it_is(form: JobForm) -> None:
@@ -289,9 +290,46 @@ def test_a_size_sets_width_and_height_and_these_show_which_it_is(form: JobForm) 
         assert form._for_size("emoji-sd", *size)[0]["value"] == shown
 
 
+def test_without_methods_a_size_is_one_update_and_not_a_list(site: Site) -> None:
+    form = form_of(site, clips=None, method=False)
+    assert form._for_size("emoji-sd", 128, 128)["value"] == "128x128"
+
+
+@pytest.mark.parametrize(
+    ("model", "largest", "size"),
+    [
+        ("emoji-sd", 256, (128, 128)),
+        ("emoji-flux", 256, (256, 256)),
+        ("emoji-flux", 255, ("", "")),
+        ("emoji-video", 256, ("", "")),
+    ],
+)
+def test_a_form_can_begin_above_the_native_size_where_that_is_quick(
+    site: Site, model: str, largest: int, size: tuple[Any, Any]
+) -> None:
+    limited = dataclasses.replace(site, limits=dataclasses.replace(site.limits, max_size=largest))
+    form = form_of(limited, clips=None, method=False, larger=True)
+    shown = updated(form, form._for_model(*values_of(form, model=model)))
+    assert (shown["width"]["value"], shown["height"]["value"]) == size
+
+
+def test_a_list_that_is_left_without_a_choice_changes_nothing(form: JobForm) -> None:
+    values = values_of(form, steps=3)
+    values[form.names.index("model")] = None  # as the page sends it then
+    updates = form._for_model(*values)
+    assert all(update == gr.skip() for update in updates)
+
+
 def test_windows_have_controls_where_the_route_goes_by_them(clip_form: JobForm) -> None:
     assert [update["visible"] for update in clip_form._for_route("windows")] == [True, True]
     assert [update["visible"] for update in clip_form._for_route("direct")] == [False, False]
+
+
+def test_what_a_model_cannot_do_is_known_without_its_weights(form: JobForm, site: Site) -> None:
+    offer = site.shelf.offer("emoji-sd")
+    form.possible(offer, site.shelf.job(offer, prompt="a fox", width=64))
+    with pytest.raises(BadInput, match="width 65 is not a multiple of 8"):
+        form.possible(offer, site.shelf.job(offer, prompt="a fox", width=65))
 
 
 # The estimate.

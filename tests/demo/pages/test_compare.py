@@ -23,6 +23,7 @@ from attnswap.pipelines.task import Task
 from ...pipelines.compare.cases import comparison
 
 gr = pytest.importorskip("gradio")
+from attnswap.demo.pages import compare as compare_page  # noqa: E402
 from attnswap.demo.pages import verdict  # noqa: E402
 from attnswap.demo.pages.compare import ComparePage  # noqa: E402
 
@@ -148,7 +149,7 @@ class TestPictures:
         session = visit.site.shelf.session(offer)
         visit.compared(**FAST)
         assert not before.exists()
-        assert len(list(visit.visitor.folder.iterdir())) == 1
+        assert len(list(visit.visitor.folder.glob("comparison-*"))) == 1
         assert visit.site.shelf.session(offer) is session
 
 
@@ -237,6 +238,12 @@ class TestRefused:
     def test_is_dense_attention_against_itself(self, visit: Visit) -> None:
         assert "'dense' is not offered" in visit.refused(**FAST | {"method": "dense"})
 
+    def test_is_what_the_model_cannot_do_before_it_is_loaded(
+        self, visit: Visit, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Shelf, "session", lambda *_: pytest.fail("the model is loaded"))
+        assert "width 65 is not a multiple of 8" in visit.refused(**FAST | {"width": 65})
+
     def test_is_what_is_beyond_the_limits(self, visit: Visit) -> None:
         assert "steps 21 is more than this server allows" in visit.refused(**FAST | {"steps": 21})
 
@@ -246,6 +253,17 @@ class TestForms:
         first, second = ([value for _, value in form.choice.choices] for form in (visit.page.first, visit.page.second))
         assert "dense" not in (*first, *second)
         assert second[0] == visit.page.second.choice.value == "none"
+
+    def test_begin_with_what_the_models_preset_is_made_for(self, visit: Visit) -> None:
+        first = [visit.page.first.choices(visit.site.shelf.offer(model))[0] for model in ("emoji-sd", "emoji-flux")]
+        assert first == ["hidiffusion", "clear"]
+
+    def test_begin_at_a_size_at_which_methods_have_something_to_do(self, visit: Visit) -> None:
+        assert (visit.page.form.controls["width"].value, visit.page.form.size.value) == (128, "128x128")
+
+    @pytest.mark.parametrize(("second", "said"), [("none", "two runs"), (None, "two runs"), ("auto", "three runs")])
+    def test_tell_how_many_runs_there_will_be(self, second: str | None, said: str) -> None:
+        assert said in compare_page.runs(second)
 
     def test_follow_the_model(self, visit: Visit) -> None:
         values = [component.value for component in (*visit.page.first.inputs, *visit.page.second.inputs)]

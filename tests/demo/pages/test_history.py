@@ -126,7 +126,7 @@ class TestAFile:
         self, page: HistoryPage, visitor: Visitor, toasts: list[tuple[str, str]]
     ) -> None:
         file = visitor.entries[1].file
-        outputs = page.restore(ME, str(file))
+        [outputs] = page.restore(ME, str(file))
         assert outputs[0]["frames"] == 9
         assert outputs[2]["selected"] == "video"
         assert outputs[-1] is None, "there is room for the next"
@@ -137,17 +137,22 @@ class TestAFile:
     ) -> None:
         record = {**visitor.entries[0].result.record, "model": "somebody/else"}
         monkeypatch.setattr("attnswap.demo.server.uploads.made_here", lambda path: record)
-        said = page.restore(ME, "else.png")[1]
+        [[_, said, *_]] = page.restore(ME, "else.png")
         [(kind, text)] = toasts
         assert (kind, text) == ("Warning", said)
         assert "not offered here" in said
 
     def test_of_another_program_is_refused_in_a_line(self, page: HistoryPage, visitor: Visitor, tmp_path: Path) -> None:
+        shown: list[Any] = []
         with pytest.raises(gr.Error) as caught:
-            page.restore(ME, str(visitor.entries[0].thumbnail))
+            shown.extend(page.restore(ME, str(visitor.entries[0].thumbnail)))
         assert caught.value.message.startswith("Nothing to restore: ")
+        [(record, said, *forms, file)] = shown
+        assert (record, file) == (None, None), "there is room for the next"
+        assert said.startswith("Nothing to restore: ")
+        assert all(update == gr.skip() for update in forms)
         assert not caught.value.print_exception
 
     def test_that_is_none_is_refused(self, page: HistoryPage) -> None:
         with pytest.raises(gr.Error, match="no file"):
-            page.restore(ME, None)
+            next(page.restore(ME, None))

@@ -14,6 +14,7 @@ from attnswap.demo.pages import make as make_page
 from attnswap.demo.pages.make import MakePage
 from attnswap.demo.site import Site
 from attnswap.pipelines import save
+from attnswap.pipelines.errors import JobFailed
 from PIL import Image
 
 
@@ -109,6 +110,11 @@ class TestWhatCannotBeDone:
         assert caught.value.duration is None  # stays until it is closed
         assert asking.files == []
 
+    def test_is_known_before_the_model_is_loaded(self, asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(type(asking.site.shelf), "session", lambda *_: pytest.fail("the model is loaded"))
+        with pytest.raises(gr.Error, match="width 65 is not a multiple of 8"):
+            list(asking.make(width=65))
+
     def test_leaves_nothing_behind_where_it_shows_late(self, asking: Asking) -> None:
         with pytest.raises(gr.Error, match="not-a-number"):
             list(asking.make(guidance=1e38))
@@ -171,3 +177,16 @@ class TestPreparing:
 
     def test_of_a_model_that_is_not_offered_says_so(self, asking: Asking) -> None:
         assert "not offered" in asking.page.prepare(asking.request, *asking.values(model="/etc"))
+
+    def test_of_a_model_that_fails_says_so(self, asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+        def failing(*_: Any) -> None:
+            raise JobFailed("there is no room for it")
+
+        monkeypatch.setattr(make_page.estimate, "prepare", failing)
+        assert asking.page.prepare(asking.request, *asking.values()) == "there is no room for it"
+
+    def test_leaves_the_model_of_somebody_else_in_memory(self, asking: Asking, request_of: Any) -> None:
+        asking.make(steps=1)
+        loaded = asking.site.shelf.session(asking.site.shelf.offer("emoji-sd"))
+        asking.page.prepare(request_of("b"), *asking.values(model="emoji-flux"))
+        assert asking.site.shelf.session(asking.site.shelf.offer("emoji-sd")) is loaded

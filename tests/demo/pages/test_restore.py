@@ -149,3 +149,9 @@ class TestWhatIsNotRestored:
         path = self.picture(tmp_path, json.loads("{}"))
         with pytest.raises(BadInput, match="was not uploaded here"):
             restore.record_of(path)
+
+
+def test_a_prompt_longer_than_this_server_takes_is_not_restored(forms: Forms, site: Site) -> None:
+    job = site.shelf.job(site.shelf.offer("emoji-sd"), prompt="x" * 201)
+    with pytest.raises(BadInput, match="the prompt has 201 characters; this server allows 200"):
+        restore.restored(job.to_record(), *forms)

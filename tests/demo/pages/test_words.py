@@ -103,7 +103,7 @@ class TestCost:
         result = dataclasses.replace(make("emoji-sd"), seconds=2.0, peak_bytes=600 * 2**20, peak_since_start=False)
         said = words.cost(result)
         assert said.endswith("Memory: 600 MiB at most, of this whole program, models included.")
-        assert said.startswith("Time: 2.00 s of denoising and decoding on ")
+        assert said.startswith("The time is of denoising and decoding, on ")
 
     def test_says_where_the_memory_was_not_measured_from_the_start_of_the_run(self, make: Any) -> None:
         result = dataclasses.replace(make("emoji-sd"), peak_since_start=True)
@@ -121,7 +121,7 @@ class TestWhatIsShown:
         assert "secret" not in said
 
     def test_ends_with_the_cost(self, make: Any) -> None:
-        assert words.explained(make("emoji-sd")).splitlines()[-1].startswith("Time: ")
+        assert words.explained(make("emoji-sd")).splitlines()[-1].startswith("- The time is of ")
 
 
 def test_the_details_are_the_record_with_figures(make: Any, tmp_path: Path) -> None:

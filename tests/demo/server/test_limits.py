@@ -43,3 +43,22 @@ def test_what_is_left_open_passes() -> None:
 def test_a_limit_of_nothing_is_none(name: str) -> None:
     with pytest.raises(BadInput, match=f"--{name.replace('_', '-')} 0 is out of range"):
         Limits(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("fields", "fits"),
+    [
+        ({"width": 832, "height": 480, "frames": 161}, True),
+        ({"width": 4096, "height": 4096}, True),
+        ({"width": 4096, "height": 4096, "frames": 257, "steps": 100}, False),
+        ({"width": 1024, "height": 1024, "frames": 65}, False),
+        ({"width": 1024, "height": 1024, "window": 65}, False),
+    ],
+)
+def test_all_frames_together_have_a_limit(fields: dict[str, int], fits: bool) -> None:
+    job = Job("", **fields)  # type: ignore[arg-type]
+    if fits:
+        Limits().check(job)
+    else:
+        with pytest.raises(BadInput, match=r"by \d+ frames are [\d.,]+ million pixels; this server makes 67.1 million"):
+            Limits().check(job)

@@ -8,12 +8,14 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 from attnswap.demo.server import uploads as module
-from attnswap.demo.server.uploads import made_here, picture
+from attnswap.demo.server.uploads import Room, made_here, picture
 from attnswap.pipelines import save, video_writer
 from attnswap.pipelines.errors import BadInput
 from attnswap.pipelines.job import Job
@@ -102,6 +104,27 @@ class TestPictures:
         assert again == made[-1]
         assert sorted(into.iterdir()) == sorted(made[1:])
 
+    def test_it_is_decoded_once(self, uploads: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        drawn().save(uploads / "a.png")
+        made = picture(str(uploads / "a.png"), into)
+        monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was read again"))
+        assert picture(str(uploads / "a.png"), into) == made
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+    def test_a_larger_one_than_is_ever_made_is_made_smaller(
+        self, uploads: Path, into: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        monkeypatch.setattr(module, "SIDE", 50)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        drawn(400, 200).save(uploads / "a.png", kind, exif=exif)
+        with Image.open(picture(str(uploads / "a.png"), into)) as image:
+            assert image.size == (25, 50)
+
+    def test_one_that_moves_is_refused(self, uploads: Path, into: Path) -> None:
+        drawn().save(uploads / "a.png", save_all=True, append_images=[drawn().rotate(90)])
+        refused(lambda: picture(str(uploads / "a.png"), into), "a.png is an animation")
+
     def test_more_pixels_than_any_use_are_refused_before_they_are_read(self, uploads: Path, into: Path) -> None:
         file = bomb(uploads / "a.png", 10_000, 5_001)
         refused(lambda: picture(str(file), into), "a.png", "10000x5001", "50 million")
@@ -172,12 +195,71 @@ class TestFilesMadeEarlier:
         (uploads / name).write_bytes(b"abc")
         refused(lambda: made_here(str(uploads / name)), name)
 
-    def test_a_playlist_that_is_called_a_clip_is_not_followed(
-        self, uploads: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(save, "open_mp4", lambda *_: pytest.fail("FFmpeg looked at it"))
-        (uploads / "a.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n")
+    def test_a_playlist_that_is_called_a_clip_is_not_followed(self, uploads: Path, tmp_path: Path) -> None:
+        from fractions import Fraction
+
+        with video_writer.writers(tmp_path / "a.mp4", None, fps=Fraction(8), record=record()) as writers:
+            for writer in writers:
+                writer.add(np.zeros((32, 32, 3), dtype=np.uint8))
+        (uploads / "a.mp4").write_text(f"ffconcat version 1.0\nfile {tmp_path / 'a.mp4'}\n")
         refused(lambda: made_here(str(uploads / "a.mp4")), "not a readable MP4")
+
+    def test_a_huge_one_with_an_empty_record_is_not_decoded(self, uploads: Path) -> None:
+        text = b"attnswap\0\0\0\0\0"
+        chunk = struct.pack(">I", len(text)) + b"iTXt" + text + struct.pack(">I", zlib.crc32(b"iTXt" + text))
+        huge = bomb(uploads / "a.png", 16_000, 16_000).read_bytes()
+        (uploads / "a.png").write_bytes(huge[:33] + chunk + huge[33:])
+        refused(lambda: made_here(str(uploads / "a.png")), "a.png", "50 million")
+
+    def test_one_that_moves_is_not_decoded(self, uploads: Path) -> None:
+        drawn().save(uploads / "a.png", save_all=True, append_images=[drawn().rotate(90)])
+        refused(lambda: made_here(str(uploads / "a.png")), "a.png is an animation")
+
+    @pytest.mark.parametrize("value", [10**4000, 2**64, "\ud800"])
+    def test_what_a_page_cannot_show_of_other_programs_is_text(self, uploads: Path, value: Any) -> None:
+        found = stored(uploads, extra=value, more="of theirs")
+        assert isinstance(found["extra"], str)
+        assert len(found["extra"]) <= 101
+        assert found["more"] == "of theirs"
+        orjson.dumps(found)
+
+    def test_a_setting_that_no_page_can_show_is_refused(self, uploads: Path) -> None:
+        refused(lambda: stored(uploads, seed=10**4000), "a.png: seed is out of range")
+
+    def test_a_record_of_a_megabyte_is_refused(self, uploads: Path) -> None:
+        refused(lambda: stored(uploads, extra="x" * 10**6), "a.png says 1000", "characters")
+
+
+def stored(uploads: Path, **more: Any) -> dict[str, Any]:
+    """What is read of a picture whose record says more, or otherwise."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("attnswap", json.dumps({**record(), **more}), zip=True)
+    drawn().save(uploads / "a.png", pnginfo=text)
+    return made_here(str(uploads / "a.png"))
+
+
+class TestRoom:
+    def test_is_for_so_many_bytes(self, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "MOST", 1000)
+        (uploads / "a").mkdir()
+        (uploads / "a" / "b.png").write_bytes(bytes(400))
+        room = Room(uploads)
+        assert room.take(500)
+        assert not room.take(101)
+        assert room.take(100)
+
+    def test_is_counted_again_after_a_while(self, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "MOST", 1000)
+        room = Room(uploads)
+        assert room.take(1000)
+        assert not room.take(1)
+        monkeypatch.setattr(module, "RECOUNT", -1.0)
+        assert room.take(1)
+
+    def test_is_none_where_the_disk_is_nearly_full(self, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=module.SPARE + 10))
+        assert Room(uploads).take(10)
+        assert not Room(uploads).take(11)
 
 
 @pytest.mark.parametrize("read", [lambda path, into: picture(path, into), lambda path, into: made_here(path)])

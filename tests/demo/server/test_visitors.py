@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from attnswap.accel.report import Details, Report
 from attnswap.demo.server import visitors as module
 from attnswap.demo.server.visitors import Visitor, Visitors
+from attnswap.kernels.block_sparse.mask import BlockMask
 from attnswap.pipelines import save, video_writer
 from attnswap.pipelines.job import Job
 from attnswap.pipelines.session import Result
@@ -23,14 +27,9 @@ class Worker:
 
     def __init__(self) -> None:
         self.working: set[str] = set()
-        self.stopped: list[str] = []
 
     def busy(self, visitor: str) -> bool:
         return visitor in self.working
-
-    def stop(self, visitor: str) -> str:
-        self.stopped.append(visitor)
-        return ""
 
 
 @pytest.fixture
@@ -127,6 +126,46 @@ def test_of_too_many_the_oldest_goes_with_its_files(
     assert not first.file.exists()
 
 
+def test_block_masks_are_kept_of_the_newest_alone_and_figures_of_all(
+    visitors: Visitors, request_of: Callable[[str], Any]
+) -> None:
+    """Nothing else holds on to the masks, nor to the pictures."""
+    visitor = visitors.of(request_of("a"))
+    held: list[weakref.ref[Any]] = []
+
+    def make() -> None:
+        result = result_of(visitor)
+        mask = BlockMask.from_dense(torch.ones(1, 2, 3, 4, dtype=torch.bool))
+        held.extend(weakref.ref(each) for each in (mask.bits, result.image))
+        details = Details({}, {}, ("recall 0.9",), {("layer", 0): mask})
+        visitor.keep(dataclasses.replace(result, report=Report(({"method": ["adaspa"]},), (None, details))))
+
+    for _ in range(module.WITH_MASKS + 2):
+        make()
+    gc.collect()
+    assert [ref() is not None for ref in held] == [False, False] * 2 + [True, False] * module.WITH_MASKS
+    reports = [entry.result.report for entry in visitor.entries]
+    assert [len(report.details[1].masks) for report in reports] == [0] * 2 + [1] * module.WITH_MASKS  # type: ignore[union-attr]
+    assert {report.details[1].lines for report in reports} == {("recall 0.9",)}  # type: ignore[union-attr]
+
+
+def test_what_was_compared_outlasts_its_comparison(visitors: Visitors, request_of: Callable[[str], Any]) -> None:
+    visitor = visitors.of(request_of("a"))
+    folder = visitor.new_folder()
+    folder.mkdir()
+    result = result_of(visitor)
+    assert result.job.output
+    compared = result.job.output.rename(folder / "1-a-fox-seed-0-dense.png")
+    job = dataclasses.replace(result.job, output=compared)
+    entry = visitor.keep_compared(dataclasses.replace(result, job=job))
+    before = compared.read_bytes()
+    visitor.new_folder()
+    assert not compared.exists()
+    assert visitor.entries == [entry]
+    assert (entry.file.parent, entry.result.job.output) == (visitor.folder, entry.file)
+    assert entry.file.read_bytes() == before
+
+
 def test_of_comparisons_the_last_one_is_kept(visitors: Visitors, request_of: Callable[[str], Any]) -> None:
     visitor = visitors.of(request_of("a"))
     first = visitor.new_folder()
@@ -162,14 +201,18 @@ def test_nobody_goes_who_has_something_running(
     assert not b.folder.exists()
 
 
-def test_who_leaves_is_stopped_and_forgotten_after_a_while(
+def test_who_leaves_is_forgotten_after_a_while_but_not_while_something_runs(
     visitors: Visitors, worker: Worker, request_of: Callable[[str], Any], clock: SimpleNamespace
 ) -> None:
     a = visitors.of(request_of("a"))
+    worker.working = {"a"}
     visitors.gone(request_of("a"))
-    assert worker.stopped == ["a"]
     clock.now += module.AWAY + 1
     visitors.of(request_of("b"))
+    assert a.folder.exists()
+    worker.working = set()
+    visitors.of(request_of("b"))
+    visitors.gone(request_of("b"))
     assert not a.folder.exists()
     assert visitors.of(request_of("a")) is not a
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from attnswap.accel.errors import UnsupportedModel, WeightsError
+from attnswap.demo.server import log
 from attnswap.demo.server import worker as module
 from attnswap.demo.server.live import Live
 from attnswap.demo.server.shelf import Offer, Shelf
@@ -122,7 +125,6 @@ def test_a_job_that_waits_for_another_can_be_stopped(worker: Worker) -> None:
 
 
 def test_closing_the_generator_stops_the_work_and_waits_for_its_end(worker: Worker) -> None:
-    """As Gradio does for a closed page or a cancelled request."""
     ended = threading.Event()
 
     def work(live: Live) -> None:
@@ -153,6 +155,175 @@ def test_closing_it_in_an_event_loop_holds_nobody_up(worker: Worker) -> None:
 
     assert asyncio.run(close()) < 0.5
     assert last(worker.run("b", lambda live: "after it")) == Finished("after it")
+
+
+class TestAPageThatIsGone:
+    """Gradio closes its generator in the event loop; so does a locked phone."""
+
+    @staticmethod
+    def leave(worker: Worker, visitor: str, work: Callable[[Live], Any]) -> None:
+        """Once the work has said something."""
+
+        async def close() -> None:
+            events = worker.run(visitor, work)
+            next(events)
+            events.close()
+
+        asyncio.run(close())
+
+    def test_does_not_lose_what_is_running(self, worker: Worker) -> None:
+        done: list[str] = []
+        self.leave(worker, "a", lambda live: done.append(steps(live)))
+        assert last(worker.run("b", lambda live: "waited for it")) == Finished("waited for it")
+        assert done == ["done"]
+
+    def test_gives_the_device_up_after_a_while_if_others_wait(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "LINGER", 0.0)
+        done: list[str] = []
+        self.leave(worker, "a", lambda live: done.append(steps(live)))
+        assert last(worker.run("b", lambda live: "")) == Finished("")
+        assert done == []
+
+    def test_keeps_it_if_nobody_does(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "LINGER", 0.0)
+        done: list[str] = []
+        self.leave(worker, "a", lambda live: done.append(steps(live)))
+        until(lambda: not worker.busy("a"))
+        assert done == ["done"]
+
+    def test_can_be_stopped_still(self, worker: Worker) -> None:
+        self.leave(worker, "a", steps)
+        assert worker.stop("a").startswith("Stopped")
+
+    def test_drops_what_waits_for_its_turn(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "BEAT", 0.01)
+        release, done = threading.Event(), list[int]()
+        first, _ = in_thread(worker, "a", lambda live: release.wait(PATIENCE))
+        until(lambda: worker.busy("a"))
+        self.leave(worker, "b", lambda live: done.append(1))
+        until(lambda: not worker.busy("b"))
+        release.set()
+        first.join()
+        assert done == []
+
+
+class TestInTheBackground:
+    """What nobody has asked for."""
+
+    def test_nothing_begins_while_a_job_runs(self, worker: Worker) -> None:
+        release = threading.Event()
+        thread, _ = in_thread(worker, "a", lambda live: release.wait(PATIENCE))
+        until(lambda: worker.busy("a"))
+        event = last(worker.run("b", lambda live: pytest.fail("it began"), background=True))
+        release.set()
+        thread.join()
+        assert event == Stopped("Stopped before the first step.")
+
+    def test_a_run_makes_way_for_a_job_within_a_step(self, worker: Worker) -> None:
+        begun = threading.Event()
+
+        def work(live: Live) -> None:
+            begun.set()
+            steps(live, 0.05)
+
+        events: list[Event] = []
+        thread = threading.Thread(target=lambda: events.extend(worker.run("a", work, background=True)))
+        thread.start()
+        assert begun.wait(PATIENCE)
+        start = time.monotonic()
+        assert last(worker.run("b", lambda live: "made")) == Finished("made")
+        assert time.monotonic() - start < 2  # of the 5 s it would have taken
+        thread.join()
+        assert isinstance(events[-1], Stopped)
+
+    def test_a_run_goes_to_its_end_where_nobody_comes(self, worker: Worker) -> None:
+        assert last(worker.run("a", lambda live: steps(live, 0), background=True)) == Finished("done")
+
+    def test_a_run_is_nothing_to_stop_nor_somebody_who_waits(self, worker: Worker) -> None:
+        contended: list[bool] = []
+
+        def work(live: Live) -> None:
+            contended.append(worker.is_contended())
+            steps(live)
+
+        events = worker.run("a", work, background=True)
+        next(events)
+        assert worker.stop("a") == "Nothing of yours is running."
+        events.close()
+        assert contended in ([], [False])
+
+    def test_it_is_known_whether_somebody_else_has_run_something(
+        self, worker: Worker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        last(worker.run("a", lambda live: None, background=True))
+        assert not worker.is_for_another("b")
+        last(worker.run("a", lambda live: None))
+        assert worker.is_for_another("b")
+        assert not worker.is_for_another("a")
+        monkeypatch.setattr(module, "RECENT", 0.0)
+        assert not worker.is_for_another("b")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_log_that_nobody_reads_any_more_holds_nobody_up() -> None:
+    def log(line: str) -> None:
+        raise BrokenPipeError
+
+    def work(live: Live) -> str:
+        live.what = "emoji-sd"
+        return "made"
+
+    worker = Worker(log)
+    for _ in range(2):
+        events = worker.run("a", work)
+        assert Finished("made") in list(itertools.islice(events, 3))
+    assert not worker.busy("a")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_accelerator_that_fails_while_it_is_cleared_holds_nobody_up(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def work(live: Live) -> None:
+        raise JobFailed("no")
+
+    monkeypatch.setattr(module, "_let_go", broken)
+    for _ in range(2):
+        assert Failed("no") in list(itertools.islice(worker.run("a", work), 3))
+
+
+class TestTheLog:
+    def test_has_a_line_for_each_job_and_how_it_ended(self) -> None:
+        lines: list[str] = []
+        worker = Worker(lines.append)
+
+        def work(live: Live) -> None:
+            live.what = "emoji-sd, 64x64"
+
+        def failing(live: Live) -> None:
+            work(live)
+            raise JobFailed("too large")
+
+        for visitor, job in (("abcdefgh", work), ("local", failing)):
+            last(worker.run(visitor, job))
+        assert re.fullmatch(r"visitor abcd: emoji-sd, 64x64: \d+\.\d s", lines[0])
+        assert re.fullmatch(r"visitor loca: emoji-sd, 64x64: \d+\.\d s, too large", lines[1])
+
+    def test_has_none_for_what_the_pages_do_by_themselves(self) -> None:
+        lines: list[str] = []
+        last(Worker(lines.append).run("a", lambda live: live.say("timing two steps")))
+        assert lines == []
+
+    def test_describes_a_job_without_what_was_typed(self) -> None:
+        job = Job("secret", width=96, height=64, frames=9, steps=3, methods={"adaspa": {}})
+        assert log.described(job) == "emoji-sd, 96x64, 9 frames, 3 steps, adaspa"
+        said = log.described(Job("secret", width=64, height=64, steps=3), ["dense", "clear"])
+        assert said == "comparison of emoji-sd, 64x64, 3 steps, dense / clear"
 
 
 def test_a_generator_that_waits_for_a_long_step_can_be_closed_meanwhile(
@@ -210,7 +381,7 @@ def test_a_defect_is_a_line_for_the_visitor_and_a_traceback_for_the_operator(
         raise KeyError("/srv/private/secret")
 
     event = last(worker.run("a", work))
-    assert event == Failed("KeyError: a defect; the server's log has its place.")
+    assert event == Failed("Something broke on the server (KeyError), which is no fault of yours; its log says where.")
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert "test_worker.py" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import dataclasses
 import importlib.metadata
 import json
@@ -469,6 +470,25 @@ class TestOwnSession:
         one = ["begin of 3", "step 1", "step 2", "step 3"]
         assert list(dict.fromkeys(runs[: runs.index("hidiffusion")])) == ["dense", *one]
         assert "closed" not in watched.told
+
+    def test_of_which_no_copy_can_be_kept_is_good_all_the_same(self, own: Session, job: Job, folder: Path) -> None:
+        def full(result: Result) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+        found = self.compared(own, job, folder, self.Watched(), made=full)
+        for outcome in found.outcomes.values():
+            assert outcome.error is None
+            assert outcome.file
+            assert "no copy of it was kept: No space left on device" in outcome.notes
+
+    def test_gives_each_picture_as_it_is_made_with_its_whole_report(self, own: Session, job: Job, folder: Path) -> None:
+        made: list[Result] = []
+        found = self.compared(own, job, folder, self.Watched(), made=made.append)
+        files = [outcome.file for outcome in found.outcomes.values()]
+        assert [result.job.output and result.job.output.name for result in made] == files
+        assert [list(result.job.methods) for result in made] == [[], ["hidiffusion"]]
+        assert made[1].report
+        assert made[1].report.to_dict()["denoisers"][0]["layers"]
 
     def test_stays_open_with_what_it_had_in_place(self, own: Session, job: Job, folder: Path, tmp_path: Path) -> None:
         fast = own.plan(dataclasses.replace(job, methods={"hidiffusion": {}}, output=tmp_path / "a.png"))
