@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,14 @@ from .counts import Counts
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ...pipelines.job import Job
+    from ...accel.methods.base import Config
     from ...pipelines.routes import Stage
     from ...pipelines.task import Task
     from ..server.live import Live
     from ..server.shelf import Offer
 
-# Runs that are remembered, and those of a kind of which the middle counts.
-REMEMBERED, RUNS = 256, 3
+# Kinds of steps and of runs that are remembered, and runs of each of which the middle counts.
+KINDS, RUNS = 256, 3
 
 
 @dataclass(frozen=True)
@@ -34,40 +34,29 @@ class Kind:
     """What the time of a step depends on.
 
     Attributes:
+        guidance: whether it may take a second call, as `true_cfg`.
+        branches: that a step has in this stage.
         methods: in place, with their settings, as text; "" for dense attention.
-        calls: of the denoiser, one after the other.
-        guided: whether each of them is of two.
-        operations: of each; tokens, for all of a model, where those cannot be counted.
-        told: the methods' names.
+        configs: of the methods.
+        steps: that the stage has.
     """
 
+    model: str
     width: int
     height: int
     frames: int | None
     window: int | None
+    overlap: int | None
+    guidance: bool
+    true_cfg: bool
+    branches: int
     methods: str
-    calls: int
-    guided: bool
-    operations: float = field(compare=False)
-    told: str = field(compare=False)
+    configs: tuple[Config, ...] = field(compare=False, repr=False)
+    steps: int = field(compare=False)
 
     def __str__(self) -> str:
         frames = "" if self.frames is None else f", {self.frames} frames"
         return f"{self.width}×{self.height}{frames}"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One that has ended.
-
-    Attributes:
-        steps: seconds of one of each stage that was run.
-        seconds: of all of it; None where stages were taken from an earlier run.
-    """
-
-    task: Task
-    steps: Mapping[Stage, float]
-    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -97,11 +86,15 @@ class Pace:
     def __init__(self) -> None:
         self.counts = Counts()
         self._lock = threading.Lock()
-        self._past: deque[Run] = deque(maxlen=REMEMBERED)
+        # Seconds of a step; of a whole run; of all but its steps, by model and pixels.
+        self._steps: OrderedDict[Kind, deque[float]] = OrderedDict()
+        self._runs: OrderedDict[tuple[Any, ...], deque[float]] = OrderedDict()
+        self._beside: OrderedDict[tuple[str, int], deque[float]] = OrderedDict()
 
     def knows(self, offer: Offer) -> bool:
         """Whether anything has run with the model."""
-        return bool(self._of(offer))
+        with self._lock:
+            return any(kind.model == offer.label for kind in self._steps)
 
     def learn(self, task: Task, live: Live, seconds: float) -> None:
         """From a run that has just ended.
@@ -110,105 +103,109 @@ class Pace:
             live: watched it; of several runs it is the last.
             seconds: spent in denoising and decoding.
         """
-        steps = {stage: _of_a_step(times, alike=not task.configs) for stage, times in _last_run(live.steps).items()}
-        if steps:
-            with self._lock:
-                self._past.append(Run(task, steps, seconds if len(steps) == len(task.stages) else None))
+        reached = _last_run(live.steps)
+        with self._lock:
+            beside = seconds
+            for stage, times in reached.items():
+                (first_step, first), (last_step, last) = times[0], times[-1]
+                mean = (last - first) / (last_step - first_step) if last_step > first_step else first / first_step
+                beside -= mean * last_step
+                each = [(after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(times)] or [mean]
+                # Steps of dense attention are all alike: the middle one has not been held up. With a method some
+                # compute more than others.
+                _keep(self._steps, _kind(task, stage), mean if task.configs else statistics.median_low(each))
+            if len(reached) == len(task.stages):  # else some were taken from an earlier run
+                _keep(self._runs, _whole(task), seconds)
+                _keep(self._beside, (task.job.model, _pixels(task)), max(0.0, beside))
 
     def predict(self, offer: Offer, task: Task) -> Prediction | None:
         """How long denoising and decoding will take; None before anything has run."""
-        past = self._of(offer)
-        if not past:
-            return None
-        whole = self._whole(offer, task)
-        steps: dict[Kind, list[float]] = {}
-        beside: dict[float, list[float]] = {}  # all but steps, by pixels
-        same: list[float] = []
-        for run in past:
-            for stage, seconds in run.steps.items():
-                steps.setdefault(self._kind(offer, run.task, stage), []).append(seconds)
-            if run.seconds is not None:
-                rest = run.seconds - sum(seconds * stage.steps for stage, seconds in run.steps.items())
-                beside.setdefault(_pixels(run.task), []).append(max(0.0, rest))
-                if self._whole(offer, run.task) == whole:
-                    same.append(run.seconds)
-        if same:
-            return Prediction(_middle(same), "as the last run of this kind")
-        known = {kind: _middle(seconds) for kind, seconds in steps.items()}
-        found = [(self._step(self._kind(offer, task, stage), known), stage.steps) for stage in task.stages]
-        total = sum(step.seconds * count for step, count in found)
-        if beside:
-            pixels, others = _pixels(task), {pixels: _middle(seconds) for pixels, seconds in beside.items()}
-            near = min(others, key=lambda other: abs(math.log(other / pixels)))
-            total += others[near] * _growth(others, near, pixels)
-        return Prediction(total, found[-1][0].basis, any(step.rough for step, _ in found))
-
-    def _of(self, offer: Offer) -> list[Run]:
+        model = task.job.model
         with self._lock:
-            return [run for run in self._past if run.task.job.model == offer.label]
+            if runs := self._runs.get(_whole(task)):
+                return Prediction(statistics.median_low(runs), "as the last run of this kind")
+            known = {kind: statistics.median_low(found) for kind, found in self._steps.items() if kind.model == model}
+            beside = {
+                float(pixels): statistics.median_low(found)
+                for (name, pixels), found in self._beside.items()
+                if name == model
+            }
+        if not known:
+            return None
+        pixels = float(_pixels(task))
+        seconds = 0.0
+        if beside:
+            near = min(beside, key=lambda known: abs(math.log(known / pixels)))
+            seconds = beside[near] * _growth(beside, near, pixels)
+        steps = []
+        for stage in task.stages:
+            step = self._step(offer, _kind(task, stage), known)
+            seconds += step.seconds * stage.steps
+            steps.append(step)
+        return Prediction(seconds, steps[-1].basis, any(step.rough for step in steps))
 
-    def _step(self, kind: Kind, known: Mapping[Kind, float]) -> Prediction:
+    def _step(self, offer: Offer, kind: Kind, known: Mapping[Kind, float]) -> Prediction:
         """Of a step, by the one known that computes about as much, with the same methods where there is one."""
+        calls, operations = self._work(offer, kind)
+        works = {other: self._work(offer, other) for other in known}
         dense = [other for other in known if not other.methods]
         same = [other for other in known if other.methods == kind.methods] or dense or list(known)
-        near = min(same, key=lambda other: (other != kind, abs(math.log(other.operations / kind.operations))))
+        near = kind if kind in known else min(same, key=lambda other: abs(math.log(works[other][1] / operations)))
         # How time grows is told from the same methods if they ran at several sizes.
-        of_same, of_dense = ({other.operations: known[other] / other.calls for other in of} for of in (same, dense))
-        growth = _growth(of_same if len(of_same) > 1 else of_dense, near.operations, kind.operations)
-        other = "" if near.methods == kind.methods else f" with {near.told or 'dense attention'}"
-        seconds = known[near] * kind.calls / near.calls * growth
+        of_same, of_dense = ({works[o][1]: known[o] / works[o][0] for o in kinds} for kinds in (same, dense))
+        growth = _growth(of_same if len(of_same) > 1 else of_dense, works[near][1], operations)
+        other = ""
+        if near.methods != kind.methods:
+            other = f" with {' + '.join(config.name for config in near.configs) or 'dense attention'}"
+        seconds = known[near] * calls / works[near][0] * growth
         return Prediction(seconds, f"from steps{other} at {near}", rough=near != kind)
 
-    def _kind(self, offer: Offer, task: Task, stage: Stage) -> Kind:
-        job, configs = task.job, task.configs
-        if stage.total > 1 and stage.number == 1:
-            configs = tuple(config for config in configs if config.for_native_size)
-        call = self.counts.call(offer, stage.width, stage.height, job.window or job.frames, stage.steps, configs)
+    def _work(self, offer: Offer, kind: Kind) -> tuple[int, float]:
+        """Calls one after the other in a step, and operations of each; tokens, for all of a model, where those cannot
+        be counted."""
+        frames = kind.window or kind.frames
+        call = self.counts.call(offer, kind.width, kind.height, frames, kind.steps, kind.configs)
         embedded = getattr(attention_cost.denoiser_of(offer.pipe).config, "guidance_embeds", False)
-        guided = ((job.true_cfg if embedded else job.guidance) or 0) > 1
-        return Kind(
-            width=stage.width,
-            height=stage.height,
-            frames=job.frames,
-            window=job.window,
-            methods=repr(configs) if configs else "",
-            calls=(1 if stage.scale == 1 else 2) * _windows(job, offer.pipe),
-            guided=guided,
-            operations=(2 if guided else 1) * float(call.operations or call.tokens),
-            told=" + ".join(config.name for config in configs),
-        )
-
-    def _whole(self, offer: Offer, task: Task) -> tuple[Any, ...]:
-        """What the time of a run depends on."""
-        kinds = [(self._kind(offer, task, stage), stage.steps) for stage in task.stages]
-        return (*kinds, task.job.image is not None, task.job.scheduler)
+        guided = kind.true_cfg if embedded else kind.guidance
+        return kind.branches * _windows(kind, offer.pipe), (2 if guided else 1) * float(call.operations or call.tokens)
 
 
-def _of_a_step(times: Sequence[tuple[int, float]], *, alike: bool) -> float:
-    """Seconds, of those at which steps were reached.
+def _kind(task: Task, stage: Stage) -> Kind:
+    job, configs = task.job, task.configs
+    if stage.total > 1 and stage.number == 1:
+        configs = tuple(config for config in configs if config.for_native_size)
+    return Kind(
+        model=job.model,
+        width=stage.width,
+        height=stage.height,
+        frames=job.frames,
+        window=job.window,
+        overlap=job.overlap,
+        guidance=(job.guidance or 0) > 1,
+        true_cfg=(job.true_cfg or 0) > 1,
+        branches=1 if stage.scale == 1 else 2,
+        methods=repr(configs) if configs else "",
+        configs=configs,
+        steps=stage.steps,
+    )
 
-    Args:
-        alike: as steps of dense attention are: the middle one has not been held up. With a method some compute more
-            than others.
-    """
-    (first_step, first), (last_step, last) = times[0], times[-1]
-    if last_step == first_step:
-        return first / first_step
-    if alike:
-        return statistics.median_low((then - now) / (after - step) for (step, now), (after, then) in pairwise(times))
-    return (last - first) / (last_step - first_step)
+
+def _whole(task: Task) -> tuple[Any, ...]:
+    """What the time of a run depends on."""
+    kinds = tuple((_kind(task, stage), stage.steps) for stage in task.stages)
+    return (*kinds, task.job.image is not None, task.job.scheduler)
 
 
-def _windows(job: Job, pipe: Any) -> int:
-    if job.window is None or job.overlap is None or job.frames is None or job.frames <= job.window:
+def _windows(kind: Kind, pipe: Any) -> int:
+    if kind.window is None or kind.overlap is None or kind.frames is None or kind.frames <= kind.window:
         return 1
-    frames, window = (clip.latent_frames(count, pipe) for count in (job.frames, job.window))
-    return len(windows.spans(frames, window, job.overlap // clip.temporal_factor(pipe)))
+    frames, window = (clip.latent_frames(count, pipe) for count in (kind.frames, kind.window))
+    return len(windows.spans(frames, window, kind.overlap // clip.temporal_factor(pipe)))
 
 
-def _pixels(task: Task) -> float:
+def _pixels(task: Task) -> int:
     """That are decoded."""
-    return float(sum(stage.width * stage.height for stage in task.stages) * (task.job.frames or 1))
+    return sum(stage.width * stage.height for stage in task.stages) * (task.job.frames or 1)
 
 
 def _growth(known: Mapping[float, float], old: float, new: float) -> float:
@@ -239,6 +236,9 @@ def _last_run(steps: Sequence[tuple[Stage, int, float]]) -> dict[Stage, list[tup
     return found
 
 
-def _middle(seconds: Sequence[float]) -> float:
-    """Of the last few."""
-    return statistics.median_low(seconds[-RUNS:])
+def _keep(known: OrderedDict[Any, deque[Any]], key: Any, value: Any) -> None:
+    """Adds to the last few of `key`, and forgets the key that was longest unused."""
+    known.setdefault(key, deque(maxlen=RUNS)).append(value)
+    known.move_to_end(key)
+    if len(known) > KINDS:
+        known.popitem(last=False)

@@ -58,7 +58,9 @@ class TestTokens:
         assert of(site, width=128, height=72).text.startswith(
             "**576 tokens** at 128×72, 2.2 times those of the native size."
         )
-        assert of(site, width=32, height=32).text.startswith("**64 tokens** at 32×32, 25 % of those of the native size.")
+        assert of(site, width=32, height=32).text.startswith(
+            "**64 tokens** at 32×32, 25 % of those of the native size."
+        )
         assert "as many as at the native size" in of(site, width=128, height=32).text
 
     def test_are_those_of_the_largest_stage(self, site: Site) -> None:
