@@ -6,18 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..pipelines.routes.plan import DESCRIBED
 from .common import METHODS, MODELS, numbers, split_names
 
 if TYPE_CHECKING:
     from ..pipelines.job import Job
 
-ROUTES = {
-    "direct": "one run at the size asked for",
-    "ladder": "a base near the native size, then image-to-image in stages",
-    "superres": "a base, enlarged once, its layout kept (SD 1.5, 2.1, XL)",
-    "superres-ladder": "the same in stages (SD 1.5, 2.1, XL)",
-    "windows": "clips longer than native, in overlapping windows of time",
-}
 DTYPES = ("auto", "float16", "fp16", "bfloat16", "bf16", "float32", "fp32")
 # Flags that are called as the fields of a job.
 NAMES = (
@@ -83,9 +77,9 @@ def add_picture_group(parser: argparse.ArgumentParser, prompt: str | None = None
 
 def add_route_group(parser: argparse.ArgumentParser) -> Any:
     """The group, for what a command adds to it."""
-    routes = "\n".join(f"{name:16} {what}" for name, what in ROUTES.items())
+    routes = "\n".join(f"{name:16} {what}" for name, what in DESCRIBED.items())
     group = parser.add_argument_group("above the native size or length, by one of these routes", routes)
-    group.add_argument("--route", choices=ROUTES, metavar="ROUTE", help="one of the above (default: direct)")
+    group.add_argument("--route", choices=DESCRIBED, metavar="ROUTE", help="one of the above (default: direct)")
     group.add_argument("--strengths", type=numbers, metavar="X[,X]", help="one a stage above the base, 0 to 1")
     group.add_argument("--window", type=int, metavar="N", help="frames in a window (default: native)")
     group.add_argument("--overlap", type=int, metavar="N", help="frames two windows share (default: about half)")

@@ -119,8 +119,8 @@ def _prepare(page: MakePage, shown: Any) -> None:
         concurrency_limit=1,
         show_progress="hidden",
         trigger_mode="always_last",
-    ).then(  # of what is chosen by then
-        endpoint.named(page.price, page.form.names),
+    ).success(  # of what is chosen by then
+        endpoint.named(page.form.price, page.form.names),
         page.form.inputs,
         [page.form.estimate],
         preprocess=False,

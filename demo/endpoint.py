@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,10 +12,12 @@ import gradio as gr
 
 from .server.worker import SAID
 
-__all__ = ["DEVICE", "SAID", "message", "named"]
+__all__ = ["DEVICE", "SAID", "message", "named", "told"]
 
 #: One at a time on the device, whichever page asks.
 DEVICE = "device"
+# Seconds for which a message is shown; what it says stays on the page.
+SHOWN = 10
 
 
 def named(handler: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
@@ -45,4 +48,14 @@ def named(handler: Callable[..., Any], names: Sequence[str]) -> Callable[..., An
 
 def message(text: str) -> gr.Error:
     """To be raised: shown on the page, which lives on."""
-    return gr.Error(text, duration=None, print_exception=False)
+    return gr.Error(_as_text(text), duration=SHOWN, print_exception=False)
+
+
+def told(text: str, *, warn: bool = False) -> None:
+    """Shows it on the page, each line as one."""
+    (gr.Warning if warn else gr.Info)(_as_text(text).replace("\n", "<br>"), duration=SHOWN)
+
+
+def _as_text(text: str) -> str:
+    """What pops up is HTML, and a picture in it would be fetched from wherever somebody has written."""
+    return html.escape(text, quote=False)

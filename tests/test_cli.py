@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from attnswap import cli
-from attnswap.cli.job_options import ROUTES
+from attnswap.pipelines.routes.plan import DESCRIBED
 from PIL import Image
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -198,7 +198,7 @@ class TestRoute:
     def test_is_one_of_those_there_are(self) -> None:
         from attnswap.pipelines import routes
 
-        assert tuple(routes.ROUTES) == tuple(ROUTES)
+        assert tuple(routes.ROUTES) == tuple(DESCRIBED)
 
 
 @pytest.mark.usefixtures("no_steps")
@@ -473,7 +473,7 @@ class TestHelp:
 
     def test_says_of_every_route_what_it_is(self, attnswap: Cli) -> None:
         out = attnswap("generate", "--help")[1]
-        assert all(f"  {name:16} {what}" in out for name, what in ROUTES.items())
+        assert all(f"  {name:16} {what}" in out for name, what in DESCRIBED.items())
 
     def test_version(self, attnswap: Cli) -> None:
         from attnswap import __version__

@@ -13,13 +13,12 @@ import gradio as gr
 from gradio.components import Component
 from gradio.context import Context
 
-from ...accel.errors import UnsupportedModel
-from ...cli.job_options import ROUTES
 from ...pipelines import clip, guidance, image_input, task
 from ...pipelines.errors import BadInput
 from ...pipelines.job import Job
+from ...pipelines.routes.plan import DESCRIBED
 from ..cost.estimate import estimate
-from ..endpoint import named
+from ..endpoint import SAID, message, named
 from ..server import uploads
 from . import reading, recall, sizes
 from .method_form import MethodForm, refused
@@ -163,27 +162,30 @@ class JobForm:
     def props(self, offer: Offer) -> dict[str, dict[str, Any]]:
         """Control → what it is like with a model, all values as its preset has them."""
         native, (width, height) = offer.native, self._begin(offer)
+        lowered = self._lowered(offer)
 
-        def usual(value: Any) -> dict[str, Any]:
+        def usual(value: Any, name: str = "") -> dict[str, Any]:
+            if name in lowered:
+                return {"value": EMPTY, "placeholder": f"at most {lowered[name]} here"}
             return {"value": EMPTY, "placeholder": "" if value is None else f"default: {value}"}
 
         return {
             "prompt": {"value": next(iter(examples(offer)), ""), "placeholder": "what to show"},
             "negative": {"value": "", "placeholder": "what not to show", "visible": offer.takes_negative},
             "model": {"choices": [each.label for each in self.offers], "value": offer.label, "filterable": False},
-            "width": {**usual(native.width), **({"value": width} if width else {})},
-            "height": {**usual(native.height), **({"value": height} if height else {})},
-            "steps": usual(native.steps),
+            "width": {**usual(native.width, "width"), **({"value": width} if width else {})},
+            "height": {**usual(native.height, "height"), **({"value": height} if height else {})},
+            "steps": usual(native.steps, "steps"),
             "guidance": usual(native.guidance and f"{native.guidance:g}"),
             "true_cfg": {**usual(None), "visible": _has_true_cfg(offer)},
             "seed": {"value": 0},
-            "frames": {**usual(native.frames), "visible": offer.clips},
+            "frames": {**usual(native.frames, "frames"), "visible": offer.clips},
             "fps": {**usual(native.fps), "visible": offer.clips},
             "route": {
-                "choices": [(f"{route}: {ROUTES[route]}", route) for route in offer.routes],
+                "choices": [(f"{route}: {DESCRIBED[route]}", route) for route in offer.routes],
                 "value": offer.routes[0],
             },
-            "window": {**usual(native.frames), "info": "Frames at a time.", "visible": False},
+            "window": {**usual(native.frames, "frames"), "info": "Frames at a time.", "visible": False},
             "overlap": {
                 "value": EMPTY,
                 "placeholder": "default: half",
@@ -198,6 +200,18 @@ class JobForm:
                 "visible": _takes_strength(offer),
             },
         }
+
+    def _lowered(self, offer: Offer) -> dict[str, int]:
+        """What is left empty and would be beyond this server's limits → the most that it may be."""
+        native, limits = offer.native, self.site.limits
+        of_clip = clip.temporal_factor(offer.pipe) if offer.clips else 1
+        most = {
+            "width": limits.max_size // offer.multiple * offer.multiple,
+            "height": limits.max_size // offer.multiple * offer.multiple,
+            "steps": limits.max_steps,
+            "frames": (limits.max_frames - 1) // of_clip * of_clip + 1,
+        }
+        return {name: value for name, value in most.items() if (getattr(native, name) or 0) > value > 0}
 
     def _accordion_props(self, offer: Offer) -> dict[str, Any]:
         title = "Begin with a picture" + (": this model needs one" if offer.needs_picture else "")
@@ -229,6 +243,11 @@ class JobForm:
         if self.method is not None:
             read["methods"] = self.method.methods(values[len(self.controls) :], offer) or {}
         upload = reading.file(given["image"], label("image"))
+        for name, most in self._lowered(offer).items():
+            if read[name] is None and (upload is None or name not in ("width", "height")):
+                read[name] = most
+            if name == "frames" and read["route"] == "windows" and read["window"] is None:
+                read["window"] = most
         self._check(offer, read, upload)
         try:
             job = self.site.shelf.job(offer, **read)
@@ -315,7 +334,7 @@ class JobForm:
             "concurrency_id": ESTIMATES,
             "concurrency_limit": 1,
         }
-        handler, page = named(self._estimated, self.names), Context.root_block
+        handler, page = named(self.price, self.names), Context.root_block
         assert page is not None  # this is called inside of it
         events = [control.change for control in others] + [text.blur for text in texts]  # type: ignore[attr-defined]
         gr.on(events, handler, **shared, trigger_mode="always_last", api_name=f"estimate_{self._elem}")
@@ -374,18 +393,19 @@ class JobForm:
     def _for_route(self, route: Any) -> list[dict[str, Any]]:
         return [gr.update(visible=route == "windows")] * 2
 
-    def _estimated(self, request: gr.Request, *values: Any) -> str:
+    def price(self, request: gr.Request, *values: Any) -> str:
+        """Markdown: what it would cost, as it is chosen, or why it cannot be made."""
         try:
             offer, job = self.job(values, self.site.visitors.of(request))
             return estimate(self.site, offer, job).text
-        except (BadInput, UnsupportedModel) as error:
-            return reading.in_words(str(error))
+        except SAID as error:
+            return reading.plain(reading.in_words(str(error)))
 
     def _offer(self, model: Any) -> Offer:
         try:
             return self.site.shelf.offer(model)
         except BadInput as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise message(str(error)) from error
 
 
 def label(name: str) -> str:
@@ -414,7 +434,10 @@ def _fps(value: Any) -> Fraction | None:
         return None
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = f"{reading.number(value, label('fps')):g}"
-    return clip.parse_fps(reading.text(value, label("fps")))
+    text = reading.text(value, label("fps"))
+    if len(text) > reading.SHOWN:
+        raise BadInput(f"{label('fps')}: {reading.shown(text)} is no number such as 16, 23.976 or 24000/1001.")
+    return clip.parse_fps(text)
 
 
 def _has_true_cfg(offer: Offer) -> bool:

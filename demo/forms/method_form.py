@@ -23,6 +23,8 @@ DENSE, NONE = "dense", "none"
 # The one choice that is every setting's first: leave it to the model's preset, else to the method.
 USUAL = ""
 TOGETHER = "+"
+# Characters of a value; much longer ones would take minutes to read.
+LONGEST = 200
 LABELS = {
     NONE: "none",
     DENSE: "dense: nothing is replaced",
@@ -134,16 +136,21 @@ class MethodForm:
         choices, lost = self.choices(offer), []
         chosen = next((one for one in choices if set(names_in(one)) == set(methods) and one != NONE), None)
         if chosen is None:
-            lost.append(f"method {TOGETHER.join(methods)} is not offered for {offer.label}")
+            lost.append(f"method {reading.cut(TOGETHER.join(methods))} is not offered for {offer.label}")
             chosen, methods = choices[0], {}
         values = [chosen]
         known = {(setting.method, setting.name) for setting in self.settings}
-        lost += [f"{m}, {name}: no such setting here" for m in methods for name in methods[m] if (m, name) not in known]
+        lost += [
+            f"{m}, {reading.cut(name)}: no such setting here"
+            for m in methods
+            for name in methods[m]
+            if (m, name) not in known
+        ]
         for setting in self.settings:
             given = methods.get(setting.method, {})
             text = settings.shown(given[setting.name]) if setting.name in given else USUAL
             if text != USUAL and setting.kind != "text" and text not in self._allowed(setting, offer):
-                lost.append(f"{setting.method}, {setting.name}: {text} is not offered")
+                lost.append(f"{setting.method}, {setting.name}: {reading.cut(text)} is not offered")
                 text = USUAL
             values.append(text)
         return values, lost
@@ -189,6 +196,9 @@ class MethodForm:
         if setting.kind != "text" and text not in (allowed := self._allowed(setting, offer)):
             hint = near(text[: reading.SHOWN], allowed)
             raise BadInput(f"{setting.method}, {setting.name}: {reading.shown(text)} is not offered.{hint}")
+        if len(text) > LONGEST:
+            what = f"{setting.method}, {setting.name}: {reading.shown(text)}"
+            raise BadInput(f"{what} has {len(text)} characters; a setting has {LONGEST} at most.")
         return settings.read_value(setting.method, setting.name, text)
 
     def _choice_props(self, offer: Offer) -> dict[str, Any]:

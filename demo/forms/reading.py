@@ -33,12 +33,38 @@ LABELS = {
 # The characters of a value in a message.
 SHOWN = 60
 LARGEST = 2**63
+# Characters that Markdown would take for its own, and of an address what it would take for a link.
+_MARKUP = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>#|~$@"})
+_LINK = re.compile(r"\b(https?|ftp)(?=://)|\bwww(?=\.)", re.IGNORECASE)
 _FLAG = re.compile(r"--([a-z]+(?:-[a-z]+)*)")
+# Of messages of the pipelines, what only the operator of a server can do, and what it is on the page.
+_ELSEWHERE = (
+    (", fewer frames, --low-memory, --vae-tiling or --cpu-offload model", " or fewer frames"),
+    (", --low-memory, --vae-tiling or --cpu-offload model", ""),
+    (" Try --dtype float32.", ""),
+    (" (--set)", ""),
+    ("; leave --route out", "; choose a larger size, or the route direct"),
+)
 
 
 def in_words(message: str) -> str:
-    """A message of the pipelines with the labels of controls in place of the flags that do the same."""
+    """A message of the pipelines with the labels of controls in place of the flags that do the same.
+
+    What only the operator of the server could do is left out.
+    """
+    for flags, words in _ELSEWHERE:
+        message = message.replace(flags, words)
     return _FLAG.sub(lambda flag: f"“{LABELS[flag[1]]}”" if flag[1] in LABELS else flag[0], message)
+
+
+def plain(text: str) -> str:
+    """Markdown that shows `text` as it is: no pictures, which a browser would fetch, and no links."""
+    return _LINK.sub(r"\g<0>\\", text.translate(_MARKUP))
+
+
+def cut(text: str) -> str:
+    """For a message."""
+    return printable(text, SHOWN)
 
 
 def text(value: Any, label: str) -> str:
@@ -69,7 +95,7 @@ def whole(value: Any, label: str) -> int | None:
     number_ = isinstance(value, int | float) and not isinstance(value, bool)
     if not number_ or not math.isfinite(bounded(value, label)) or value != int(value):
         raise BadInput(f"{label}: expected a whole number, got {shown(value)}.")
-    return int(value)
+    return int(bounded(int(value), label))
 
 
 def one_of(value: Any, label: str, choices: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -17,15 +18,15 @@ from ...pipelines.compare.run import compare
 from ...pipelines.compare.variants import DENSE, Variant
 from ...pipelines.errors import BadInput
 from .. import endpoint
-from ..forms import method_form
+from ..forms import method_form, reading
 from ..forms.job_form import JobForm
 from ..forms.method_form import MethodForm
 from ..server import log
 from ..server.live import without_folders
-from ..server.worker import Failed, Finished, Progress, Stopped
+from ..server.worker import NOTHING, Failed, Finished, Progress, Stopped
 from . import verdict, words
 from .charts import Charts
-from .make import SHOW, STATUS, WAITING
+from .make import ENDED, SHOW, STATUS, WAITING, tell_of_stopping
 
 if TYPE_CHECKING:
     from ...pipelines.compare.figures import Comparison, Outcome
@@ -45,6 +46,7 @@ WELCOME = (
 )
 NOTHING_DONE = "Nothing was finished, so there is nothing to compare."
 TAKEN_OUT = "Stopped: it was taken out of the queue."
+RUNNING = re.compile("[0-9]+ %")
 BEGIN = f"""() => {{
   {SHOW}
   return "{WAITING}";
@@ -114,7 +116,13 @@ class ComparePage:
 
     def _build_results(self) -> None:
         self.status = gr.HTML(
-            WELCOME, html_template=STATUS, preview=None, label="Status", elem_id="compare-status", elem_classes="status"
+            WELCOME,
+            html_template=STATUS,
+            preview=None,
+            stopping=False,
+            label="Status",
+            elem_id="compare-status",
+            elem_classes="status",
         )
         with gr.Column(visible=False, elem_id="compare-result") as self._result:
             self._problems = gr.HTML(elem_id="compare-problems", padding=False)
@@ -195,12 +203,13 @@ class ComparePage:
             "words, all figures, two pictures, the clips side by side.",
             concurrency_id=endpoint.DEVICE,
             concurrency_limit=1,
-            show_progress="hidden",
+            show_progress_on=[self.status],
             trigger_mode="once",
         )
         # As soon as it is as high as what it has.
         shown = f"() => {{ setTimeout(() => {{ {SHOW} }}, 500); }}"
         made.success(None, None, None, js=shown, api_visibility="private")
+        tell_of_stopping(self.stop, self.status, "compare")
         self.stop.click(
             endpoint.named(self.rest, ["status"]),
             [self.status],
@@ -216,7 +225,10 @@ class ComparePage:
 
     def for_model(self, model: Any, width: Any, height: Any, *methods: Any) -> list[dict[str, Any]]:
         """Updates of both methods for a model and size, and of what is said of those that it cannot have."""
-        offer = self.site.shelf.offer(model)
+        try:
+            offer = self.site.shelf.offer(model)
+        except BadInput as error:
+            raise endpoint.message(str(error)) from error
         wide, high = (int(side) if isinstance(side, int | float) and side > 0 else None for side in (width, height))
         count = len(self.first.inputs)
         return [
@@ -234,7 +246,8 @@ class ComparePage:
         except endpoint.SAID as error:
             yield from self._failed(without_folders(str(error)))
             return
-        yield self._said(f"0 %: {words.preparing(offer)}")
+        visitor.comparison = None
+        yield self._said(f"0 %: {words.preparing(offer)}", begins=True)
         with closing(
             self.site.worker.run(visitor.name, lambda live: self._work(live, visitor, offer, job, variants))
         ) as events:
@@ -242,8 +255,8 @@ class ComparePage:
                 match event:
                     case Progress():
                         yield self._said(f"{100 * event.share:.0f} %: {event.text}")
-                    case Finished((found, folder)):
-                        yield self._shown(found, folder)
+                    case Finished((found, folder, stopped)):
+                        yield self._shown(found, folder, stopped)
                     case Stopped(message):
                         yield self._said(f"{message} {NOTHING_DONE}")
                     case Failed(message):
@@ -257,9 +270,13 @@ class ComparePage:
         """
         visitor = self.site.visitors.of(request)
         said = self.site.worker.stop(visitor.name)
-        if visitor.comparison is not None and visitor.comparison[0].interrupted:
+        if status == WAITING:
+            said = TAKEN_OUT
+        elif RUNNING.match(str(status)) and visitor.comparison is not None and visitor.comparison[0].interrupted:
             return self._shown(*visitor.comparison, said)
-        return (TAKEN_OUT if status == WAITING else said, *[gr.skip() for _ in self.outputs[1:]])
+        elif said == NOTHING and str(status).startswith(ENDED):
+            said = status
+        return (said, *[gr.skip() for _ in self.outputs[1:]])
 
     def opposite(self, request: gr.Request, name: str) -> tuple[Any, Any]:
         """Another method on the right."""
@@ -284,7 +301,8 @@ class ComparePage:
 
     def _work(
         self, live: Live, visitor: Visitor, offer: Offer, job: Job, variants: Sequence[Variant]
-    ) -> tuple[Comparison, Path]:
+    ) -> tuple[Comparison, Path, str]:
+        """What came of it, its folder, and how far it came, for one that was stopped."""
         live.say(words.preparing(offer))
         session = self.site.shelf.session(offer)
         planned = session.plan(job).job
@@ -310,16 +328,16 @@ class ComparePage:
                         frames = Path(work) / Path(outcome.file).stem
                         metrics.middle_frame(frames).save(_middle(folder / outcome.file))
         visitor.comparison = found, folder
-        return found, folder
+        return found, folder, live.message
 
-    def _shown(self, found: Comparison, folder: Path, stopped: str = "Stopped.") -> tuple[Any, ...]:
+    def _shown(self, found: Comparison, folder: Path, stopped: str) -> tuple[Any, ...]:
         """Values of all outputs; `stopped` is said of one that was."""
         others = [variant.name for variant in found.variants[1:]]
         made = [variant.name for variant in found.variants[1:] if found.summary(variant).made]
         right = (made or others)[0]
         slider, caption = _pictures(found, folder, right)
         clip = folder / f"{files.STITCHED}.mp4"
-        said = [*([stopped] if found.interrupted else []), *verdict.sentences(found)]
+        said = [verdict.stopped(found, stopped)] if found.interrupted else verdict.sentences(found)
         problems = verdict.problems(found)
         return (
             gr.HTML("\n".join(said), preview=None),
@@ -337,11 +355,16 @@ class ComparePage:
             gr.Column(visible=True),
         )
 
-    def _said(self, text: str) -> tuple[Any, ...]:
+    def _said(self, text: str, begins: bool = False) -> tuple[Any, ...]:
         """Values of all outputs while there is nothing to show."""
-        return (gr.HTML(text, preview=None), *[gr.skip() for _ in self.outputs[2:]], gr.Column(visible=False))
+        return (
+            gr.HTML(text, preview=None, **({"stopping": False} if begins else {})),
+            *[gr.skip() for _ in self.outputs[2:]],
+            gr.Column(visible=False),
+        )
 
     def _failed(self, message: str) -> Iterator[tuple[Any, ...]]:
+        message = reading.in_words(message)
         yield self._said(f"Not compared: {message}")
         raise endpoint.message(message)
 
@@ -377,7 +400,7 @@ def _pictures(found: Comparison, folder: Path, name: str) -> tuple[Any, str]:
         said = f"There is no {what}."
     left, right = dense or other, other or dense
     pair = (left, right) if left and right else None
-    return gr.ImageSlider(pair, visible=pair is not None), said.translate(words.MARKUP)
+    return gr.ImageSlider(pair, visible=pair is not None), words.plain(said)
 
 
 def _picture(folder: Path, outcome: Outcome | None) -> str | None:

@@ -10,9 +10,9 @@ import gradio as gr
 from ...pipelines.compare.text import seconds
 from ...pipelines.errors import BadInput
 from .. import endpoint
+from ..forms.reading import plain
 from . import restore
 from .inside import tab_of
-from .words import MARKUP
 
 if TYPE_CHECKING:
     from ..forms.job_form import JobForm
@@ -128,16 +128,15 @@ class HistoryPage:
             yield self._restored(restore.name_of(file), restore.record_of(file))
         except BadInput as error:
             # The message goes with a click; below the place for files, which is empty for the next, it stays.
-            yield [None, str(error).translate(MARKUP), *[gr.skip()] * (len(self.outputs) - 3), None]
+            yield [None, plain(str(error)), *[gr.skip()] * (len(self.outputs) - 3), None]
             raise endpoint.message(str(error)) from error
 
     def _restored(self, name: str, record: dict[str, Any]) -> list[Any]:
         found = restore.restored(record, *self.forms)
-        said = found.said(name)
         # The page that is shown now has no other place for it.
-        (gr.Warning if found.remarks else gr.Info)(said)
+        endpoint.told("\n".join(found.lines(name)), warn=bool(found.remarks))
         # Empty, for the next file.
-        return [record, said, gr.update(selected=self.ids[found.clip]), *found.updates, None]
+        return [record, found.said(name), gr.update(selected=self.ids[found.clip]), *found.updates, None]
 
 
 def caption(entry: Entry) -> str:

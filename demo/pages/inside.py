@@ -144,7 +144,8 @@ class InsidePage:
             [self.entry, self.layer, self.head, self.part],
             [self.mask, self.mask_said],
             api_name="mask",
-            api_description="A block mask of a run with AdaSpa: number of the entry, layer, head, and branch.item.",
+            api_description="A block mask of a run with AdaSpa: entry, layer and head by number, and the "
+            'guidance branch, such as "0", or "0, item 1" of several at a time.',
             show_progress="hidden",
             **shared,
         )

@@ -29,7 +29,7 @@ def summary(result: Result, offer: Offer | None) -> str:
     lines += words.others(result)
     if result.report is None:
         lines.append(to_try(result, offer))
-    title, *rest = (without_folders(line.removesuffix(" See Inside.")).translate(words.MARKUP) for line in lines)
+    title, *rest = (words.plain(without_folders(line.removesuffix(" See Inside."))) for line in lines)
     return "\n".join([f"**{title}**", "", *(f"- {line}" for line in dict.fromkeys(rest))])
 
 
@@ -82,7 +82,7 @@ def of_phases(phases: Sequence[Phases]) -> str:
             lines.append(f"{run}: {each.state}, so the U-Net was left as it is.")
         else:
             lines.append(f"{run}: {_steps(each, each.steps)}")
-    return "\n".join(f"- {line.translate(words.MARKUP)}" for line in lines)
+    return "\n".join(f"- {words.plain(line)}" for line in lines)
 
 
 def _steps(phases: Phases, of: int) -> str:

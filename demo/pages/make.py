@@ -20,7 +20,7 @@ from ..cost import estimate
 from ..forms import reading
 from ..forms.job_form import JobForm
 from ..server import log
-from ..server.worker import Failed, Finished, Progress, Stopped
+from ..server.worker import NOTHING, Failed, Finished, Progress, Stopped
 from . import words
 
 if TYPE_CHECKING:
@@ -43,13 +43,16 @@ STATUS = """
 ${preview && /^([0-9]+ %|Stopped)/.test(value)
   ? '<img class="preview" alt="Preview of what is being made" src="' + preview + '">' : ''}
 <progress max="100" aria-label="Progress" ${/^[0-9]+ %/.test(value) ? 'value=' + parseInt(value) : 'hidden'}></progress>
-<p role="status" aria-live="polite">{{value}}</p>
+<p role="status" aria-live="polite" ${stopping && /^[0-9]+ %/.test(value) ? 'hidden' : ''}>{{value}}</p>
+<p role="status" aria-live="polite" ${stopping && /^[0-9]+ %/.test(value) ? '' : 'hidden'}>Stopping …</p>
 """
 # The result is brought into view where it is below the form, or begins above what is seen.
 SHOW = """for (const shown of document.querySelectorAll(".page > .result")) {
     const { top } = shown.getBoundingClientRect(), form = shown.previousElementSibling.getBoundingClientRect();
     if (shown.offsetParent && (top < 0 || top >= form.bottom)) shown.scrollIntoView({ behavior: "smooth" });
   }"""
+# What stays where Stop is pressed and nothing runs.
+ENDED = ("Done ", "Stopped", "Not ")
 # A click while something runs changes nothing but that.
 BEGIN = f"""(status, words) => {{
   {SHOW}
@@ -95,6 +98,7 @@ class MakePage:
                     f"The {what} will be here.",
                     html_template=STATUS,
                     preview=None,
+                    stopping=False,
                     label="Status",
                     elem_id=f"{self.kind}-status",
                     elem_classes="status",
@@ -135,7 +139,7 @@ class MakePage:
             show_progress="hidden",
         )
         made.success(
-            endpoint.named(self.price, self.form.names),
+            endpoint.named(self.form.price, self.form.names),
             self.form.inputs,
             [self.form.estimate],
             preprocess=False,
@@ -144,6 +148,7 @@ class MakePage:
             queue=False,
             show_progress="hidden",
         )
+        tell_of_stopping(self.stop, self.status, self.kind)
         self.made = made
 
     def make(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -155,7 +160,7 @@ class MakePage:
         except endpoint.SAID as error:
             yield from self._failed(str(error))
             return
-        yield None, gr.HTML(f"0 %: {words.preparing(offer)}", preview=None), None
+        yield None, gr.HTML(f"0 %: {words.preparing(offer)}", preview=None, stopping=False), None
         with closing(self.site.worker.run(visitor.name, lambda live: self._work(live, visitor, offer, job))) as events:
             for event in events:
                 match event:
@@ -206,23 +211,18 @@ class MakePage:
             said: by the worker.
             status: that was shown.
         """
-        return "Stopped: it was taken out of the queue." if status == WAITING else said
+        if status == WAITING:
+            return "Stopped: it was taken out of the queue."
+        return status if said == NOTHING and str(status).startswith(ENDED) else said
 
-    def price(self, request: gr.Request, *values: Any) -> str:
-        """What it would cost, as it is chosen."""
-        try:
-            offer, job = self.form.job(values, self.site.visitors.of(request))
-            return estimate.estimate(self.site, offer, job).text
-        except endpoint.SAID as error:
-            return reading.in_words(str(error))
-
-    def prepare(self, request: gr.Request, *values: Any) -> str:
+    def prepare(self, request: gr.Request, *values: Any) -> Iterator[str]:
         """Loads the model that is chosen and learns how fast it is, so that the price is known; says it."""
         visitor = self.site.visitors.of(request)
         try:
             offer = self.site.shelf.offer(values[self.form.names.index("model")])
         except BadInput:
-            return self.price(request, *values)
+            yield self.form.price(request, *values)
+            return
 
         def work(live: Live) -> None:
             # Who has run something wants the like again; nobody's model is to go because of a page that is opened.
@@ -232,8 +232,22 @@ class MakePage:
         with closing(self.site.worker.run(visitor.name, work, background=True)) as events:
             for event in events:
                 if isinstance(event, Failed):
-                    return reading.in_words(event.message)
-        return self.price(request, *values)
+                    yield words.plain(message := reading.in_words(event.message))
+                    raise endpoint.message(message)  # so that no estimate takes its place
+        yield self.form.price(request, *values)
+
+
+def tell_of_stopping(stop: gr.Button, status: gr.HTML, name: str) -> None:
+    """Says so as soon as the button is pressed: the end is that of a step."""
+    stop.click(
+        lambda: gr.HTML(stopping=True),
+        None,
+        status,
+        queue=False,
+        show_progress="hidden",
+        api_name=f"stopping_{name}",
+        api_visibility="undocumented",
+    )
 
 
 def _data_url(picture: Image.Image) -> str:

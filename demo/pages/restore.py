@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ...pipelines.errors import BadInput
+from ..forms.reading import plain
 from ..server import uploads
 from ..server.live import without_folders
-from .words import MARKUP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,13 +36,17 @@ class Restored:
     def page(self) -> str:
         return "Video" if self.clip else "Image"
 
-    def said(self, name: str) -> str:
-        """Markdown: where `name` went, and what it could not bring along."""
+    def lines(self, name: str) -> list[str]:
+        """Where `name` went, and what it could not bring along."""
         lines = [f"All settings of {name} are on the {self.page} page."]
         if self.remarks:
             lines = [f"The settings of {name} are on the {self.page} page, but not all of them:"]
-        plain = [without_folders(line).translate(MARKUP) for line in (*lines, *self.remarks)]
-        return "\n".join([plain[0], *(["", *(f"- {line}" for line in plain[1:])] if plain[1:] else [])])
+        return [without_folders(line) for line in (*lines, *self.remarks)]
+
+    def said(self, name: str) -> str:
+        """The same as Markdown."""
+        first, *others = map(plain, self.lines(name))
+        return "\n".join([first, *(["", *(f"- {line}" for line in others)] if others else [])])
 
 
 def record_of(path: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import gradio as gr
 from ...pipelines.compare import text
 from ...pipelines.compare.figures import Comparison, Summary
 from ...pipelines.compare.variants import DENSE, Variant
+from ..forms.reading import in_words
 from ..server.live import without_folders
 from .words import percent
 
@@ -18,6 +19,7 @@ STEADY = 0.05
 # PSNR in dB, up to which two pictures have little in common, and from which they are hard to tell apart.
 ANOTHER, NEAR = 20, 35
 
+DENSE_NAME = "dense attention"
 LARGE = "margin: 0 0 0.5em; overflow-wrap: anywhere"
 SMALL = f"{LARGE}; font-size: var(--text-sm); color: var(--body-text-color-subdued)"
 
@@ -37,6 +39,21 @@ def sentences(comparison: Comparison) -> list[str]:
     return said or ["There is nothing to compare."]
 
 
+def stopped(comparison: Comparison, message: str) -> str:
+    """Of one that was stopped: where, and which of its runs are there; `message` is the worker's."""
+    where = message.rstrip(".") if message.startswith("Stopped after") else "Stopped"
+    said = []
+    for there, end in ((True, "done"), (False, "not")):
+        names = [
+            DENSE_NAME if each == DENSE else each.name
+            for each in comparison.variants
+            if bool(comparison.summary(each).made) == there
+        ]
+        if names:
+            said.append(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} {end}")
+    return f"{where}: {', '.join(said)}."
+
+
 def problems(comparison: Comparison) -> list[str]:
     """What failed and why, and what is missing."""
     found = []
@@ -44,7 +61,7 @@ def problems(comparison: Comparison) -> list[str]:
         summary = comparison.summary(variant)
         name = _called(variant)
         if summary.failed:
-            found.append(f"{name} failed: {without_folders(summary.error or '')}")
+            found.append(f"{name} failed: {in_words(without_folders(summary.error or ''))}")
         elif not summary.made:
             found.append(f"{name} was not run to its end.")
     if comparison.interrupted:
@@ -126,4 +143,4 @@ def _likeness(comparison: Comparison, summary: Summary) -> str:
 
 
 def _called(variant: Variant) -> str:
-    return "Dense attention" if variant == DENSE else variant.name
+    return DENSE_NAME.capitalize() if variant == DENSE else variant.name

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...pipelines.compare.text import count, memory, seconds
 from ...pipelines.settings import AUTO
+from ..forms.reading import in_words, plain
 from ..server.live import without_folders
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ LEFT = {
     "not self-attention over image tokens": "between the picture and the prompt",
     "not self-attention over the picture or clip": "between the picture and the prompt",
 }
-# Characters that Markdown would take for its own.
-MARKUP = str.maketrans({character: f"\\{character}" for character in "\\`*_[]<>#|~$"})
 
 
 def preparing(offer: Offer) -> str:
@@ -39,13 +38,24 @@ def headline(result: Result) -> str:
     frames = f", {count(job.frames, 'frame')} at {job.fps} a second" if job.frames else ""
     methods = " and ".join(job.methods) or "dense attention"
     size = f"{job.width}×{job.height}{frames}, {count(job.steps or 0, 'step')}, seed {job.seed}"
-    return f"Done in {seconds(result.seconds)} with {methods}: {size}."
+    return f"Done in {seconds(result.seconds)} with {methods}: {size}{_route(result)}."
+
+
+def _route(result: Result) -> str:
+    """Of a picture that came about in stages, or of a clip in windows: which they were."""
+    job = result.job
+    if job.route == "direct":
+        return ""
+    if job.window:
+        return f"; route {job.route}, {job.window} frames at a time"
+    stages = " → ".join(f"{stage.width}×{stage.height}" for stage in result.stages)
+    return f"; route {job.route}, stages {stages}"
 
 
 def explained(result: Result) -> str:
     """Markdown: what was accelerated and what was not, then what else is to be known, as a list."""
     lines = [*acceleration(result), *others(result), cost(result)]
-    return "\n".join(f"- {without_folders(line).translate(MARKUP)}" for line in lines)
+    return "\n".join(f"- {plain(without_folders(line))}" for line in lines)
 
 
 def acceleration(result: Result) -> list[str]:
@@ -66,7 +76,7 @@ def acceleration(result: Result) -> list[str]:
 def others(result: Result) -> list[str]:
     """What was done that nobody asked for, and where a method fell back."""
     chosen = {f"{why}." for why in _by_auto(result)}
-    lines = [_sentence(notice) for notice in result.notices if notice not in chosen]
+    lines = [_sentence(in_words(notice)) for notice in result.notices if notice not in chosen]
     if result.report is not None and _calls(result.report)[0]:
         lines += [_sentence(note) for note in _notes(result.report)]
     return list(dict.fromkeys(lines))

@@ -17,6 +17,14 @@ ROUTES: dict[str, tuple[float, ...]] = {
     "superres-ladder": (0.32,),
     "windows": (),
 }
+#: What they are, in a line each.
+DESCRIBED = {
+    "direct": "one run at the size asked for",
+    "ladder": "a base near the native size, then image-to-image in stages",
+    "superres": "a base, enlarged once, its layout kept (SD 1.5, 2.1, XL)",
+    "superres-ladder": "the same in stages (SD 1.5, 2.1, XL)",
+    "windows": "clips longer than native, in overlapping windows of time",
+}
 # For clips; the others are for pictures.
 CLIP_ROUTES = ("direct", "windows")
 

@@ -53,7 +53,7 @@ def test_takes_the_device_for_one_event_at_a_time(site: Site) -> None:
 
 
 def test_lets_no_job_wait_behind_the_timing_of_a_model(site: Site) -> None:
-    found = [fn for fn in app.build(site).fns.values() if str(fn.api_name).startswith("prepare")]
+    found = [fn for fn in app.build(site).fns.values() if fn.api_name in ("prepare", "prepare_video")]
     assert {(fn.concurrency_id, fn.concurrency_limit, fn.trigger_mode) for fn in found} == {
         (app.PREPARING, 1, "always_last")
     }
@@ -101,3 +101,10 @@ def test_sends_gradio_nothing_about_its_visitors(site: Site) -> None:
 
 def test_keeps_copies_of_files_for_as_long_as_a_page_may_show_them(site: Site) -> None:
     assert app.build(site).delete_cache == (600, 24 * 3600)
+
+
+def test_what_is_said_of_a_model_that_fails_stays_where_the_estimate_is(config: dict[str, Any]) -> None:
+    by_name = {event["api_name"]: event for event in config["dependencies"]}
+    for name, after in (("prepare", "prepared_image"), ("prepare_video", "prepared_video")):
+        assert by_name[after]["trigger_after"] == by_name[name]["id"]
+        assert by_name[after]["trigger_only_on_success"]

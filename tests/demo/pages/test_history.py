@@ -49,7 +49,7 @@ def toasts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """What is said above the page, with its kind."""
     said: list[tuple[str, str]] = []
     for kind in ("Info", "Warning"):
-        monkeypatch.setattr(gr, kind, lambda text, kind=kind: said.append((kind, text)))
+        monkeypatch.setattr(gr, kind, lambda text, duration, kind=kind: said.append((kind, text)))
     return said
 
 

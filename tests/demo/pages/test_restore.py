@@ -12,8 +12,8 @@ import gradio as gr
 import numpy as np
 import pytest
 from attnswap.demo.forms.job_form import JobForm
+from attnswap.demo.forms.reading import plain
 from attnswap.demo.pages import restore
-from attnswap.demo.pages.words import MARKUP
 from attnswap.demo.server.shelf import Shelf
 from attnswap.demo.server.visitors import Visitor
 from attnswap.demo.site import Site
@@ -106,7 +106,7 @@ class TestWhatIsSaid:
     def test_lists_what_could_not_be_restored(self) -> None:
         said = restore.Restored(False, [], ["its LoRA <x> is not here", "the seed"]).said("a.png")
         assert said.splitlines()[0] == "The settings of a.png are on the Image page, but not all of them:"
-        assert said.splitlines()[2:] == [f"- {'its LoRA <x> is not here'.translate(MARKUP)}", "- the seed"]
+        assert said.splitlines()[2:] == [f"- {plain('its LoRA <x> is not here')}", "- the seed"]
 
     def test_of_a_model_that_is_not_offered(self, forms: Forms, shelf: Shelf, visitor: Visitor) -> None:
         record = {**make(shelf, visitor, steps=1).result.record, "model": "/secret/models/mine"}

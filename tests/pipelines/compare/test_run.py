@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import dataclasses
+import errno
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
