@@ -357,11 +357,9 @@ class ComparePage:
 
     def _said(self, text: str, begins: bool = False) -> tuple[Any, ...]:
         """Values of all outputs while there is nothing to show."""
-        return (
-            gr.HTML(text, preview=None, **({"stopping": False} if begins else {})),
-            *[gr.skip() for _ in self.outputs[2:]],
-            gr.Column(visible=False),
-        )
+        stopping: dict[str, Any] = {"stopping": False} if begins else {}
+        status = gr.HTML(text, preview=None, **stopping)
+        return (status, *[gr.skip() for _ in self.outputs[2:]], gr.Column(visible=False))
 
     def _failed(self, message: str) -> Iterator[tuple[Any, ...]]:
         message = reading.in_words(message)

@@ -235,7 +235,7 @@ def test_without_a_size_its_shape_is_kept_at_the_models_own_number_of_pixels(
 
 
 def test_a_route_does_not_begin_with_a_picture(form: JobForm, visitor: Visitor, upload: str) -> None:
-    said = form._estimated(REQUEST, *values_of(form, image=upload, route="ladder", width=128, height=128))
+    said = form.price(REQUEST, *values_of(form, image=upload, route="ladder", width=128, height=128))
     assert said == "“Picture”: “Route” ladder begins with noise; leave one of them out."
 
 
@@ -336,14 +336,14 @@ def test_what_a_model_cannot_do_is_known_without_its_weights(form: JobForm, site
 
 
 def test_the_estimate_is_of_what_is_chosen(form: JobForm) -> None:
-    assert "1,024 tokens" in form._estimated(REQUEST, *values_of(form, width=128, height=128))
+    assert "1,024 tokens" in form.price(REQUEST, *values_of(form, width=128, height=128))
 
 
 def test_what_is_wrong_is_said_in_place_of_the_estimate_in_the_words_of_the_page(form: JobForm) -> None:
-    assert form._estimated(REQUEST, *values_of(form, prompt="")) == "Prompt: say what to show."
-    said = form._estimated(REQUEST, *values_of(form, route="ladder"))
+    assert form.price(REQUEST, *values_of(form, prompt="")) == "Prompt: say what to show."
+    said = form.price(REQUEST, *values_of(form, route="ladder"))
     assert said.startswith("“Route” ladder: 64x64 is not above the native size")
-    said = form._estimated(REQUEST, *values_of(form, model="emoji-flux", negative="a dog"))
+    said = form.price(REQUEST, *values_of(form, model="emoji-flux", negative="a dog"))
     assert said.startswith("“Negative prompt”: in a FluxPipeline of this kind it counts with “Guidance” above 1")
 
 

@@ -139,7 +139,7 @@ class TestAFile:
         monkeypatch.setattr("attnswap.demo.server.uploads.made_here", lambda path: record)
         [[_, said, *_]] = page.restore(ME, "else.png")
         [(kind, text)] = toasts
-        assert (kind, text) == ("Warning", said)
+        assert (kind, text) == ("Warning", said.replace("\n\n- ", "<br>").replace("\n- ", "<br>"))
         assert "not offered here" in said
 
     def test_of_another_program_is_refused_in_a_line(self, page: HistoryPage, visitor: Visitor, tmp_path: Path) -> None:
