@@ -88,7 +88,7 @@ def of_comparison(site: Site, offer: Offer, job: Job, methods: Iterable[dict[str
         few = site.shelf.device.type == "cpu" and not job.compile
         warm_up = min(1.0, WARM_UP_STEPS / min(stage.steps for stage in run.task.stages)) if few else 1.0
         total += (1 + warm_up) * run.seconds
-    return f"Roughly {_rounded(total)} for all runs, after a warm-up of each."
+    return f"That is of one dense run; roughly {_rounded(total)} for all runs and the warm-up of each."
 
 
 def prepare(site: Site, offer: Offer, live: Live) -> None:

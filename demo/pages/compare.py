@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,9 @@ from ...pipelines.compare.run import compare
 from ...pipelines.compare.variants import DENSE, Variant
 from ...pipelines.errors import BadInput
 from .. import endpoint
+from ..cost.estimate import of_comparison
 from ..forms import method_form, reading
-from ..forms.job_form import JobForm
+from ..forms.job_form import ESTIMATES, JobForm
 from ..forms.method_form import MethodForm
 from ..server import log
 from ..server.live import without_folders
@@ -187,8 +188,19 @@ class ComparePage:
             api_name="compare_methods",
             **quick,
         )
-        self.second.choice.change(
-            runs, self.second.choice, self.runs, preprocess=False, api_name="compare_runs", **quick
+        texts = [self.form.controls["prompt"], self.form.controls["negative"]]
+        gr.on(
+            [control.change for control in self.inputs if control not in texts],  # type: ignore[attr-defined]
+            endpoint.named(self.price, self.names),
+            self.inputs,
+            self.runs,
+            preprocess=False,
+            concurrency_id=ESTIMATES,
+            concurrency_limit=1,
+            trigger_mode="always_last",
+            api_name="compare_runs",
+            api_visibility="undocumented",
+            show_progress="hidden",
         )
         begin = [self.go.click, self.form.controls["prompt"].submit]  # type: ignore[attr-defined]
         gr.on(begin, None, None, [self.status], js=BEGIN, api_visibility="private")
@@ -284,6 +296,14 @@ class ComparePage:
         if visitor.comparison is None:
             return gr.skip(), gr.skip()
         return _pictures(*visitor.comparison, name)
+
+    def price(self, request: gr.Request, *values: Any) -> str:
+        """How long all runs take together, where that is known, or how many there are."""
+        known = ""
+        with suppress(*endpoint.SAID):  # the estimate of one run says what is wrong
+            offer, job, variants = self._asked(values, self.site.visitors.of(request))
+            known = of_comparison(self.site, offer, job, [variant.methods for variant in variants])
+        return known or runs(values[self.names.index(f"{SECOND}method")])
 
     def _asked(self, values: Sequence[Any], visitor: Visitor) -> tuple[Offer, Job, list[Variant]]:
         """

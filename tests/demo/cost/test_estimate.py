@@ -172,7 +172,7 @@ class TestOfAComparison:
         assert alone[1] < alone[0] > 60
         minutes = 1.5 * sum(alone) / 60
         assert of_comparison(site, offer, job, self.METHODS) == (
-            f"Roughly {minutes:.1g} min for all runs, after a warm-up of each."
+            f"That is of one dense run; roughly {minutes:.1g} min for all runs and the warm-up of each."
         )
 
     def test_nothing_is_said_before_anything_has_run(self, site: Site) -> None:

@@ -23,6 +23,7 @@ from attnswap.pipelines.task import Task
 from ...pipelines.compare.cases import comparison
 
 gr = pytest.importorskip("gradio")
+from attnswap.demo.cost.estimate import prepare  # noqa: E402
 from attnswap.demo.pages import compare as compare_page  # noqa: E402
 from attnswap.demo.pages import verdict  # noqa: E402
 from attnswap.demo.pages.compare import ComparePage  # noqa: E402
@@ -264,6 +265,17 @@ class TestForms:
     @pytest.mark.parametrize(("second", "said"), [("none", "two runs"), (None, "two runs"), ("auto", "three runs")])
     def test_tell_how_many_runs_there_will_be(self, second: str | None, said: str) -> None:
         assert said in compare_page.runs(second)
+
+    def test_tell_how_long_all_runs_take_once_that_is_known(self, visit: Visit) -> None:
+        small: dict[str, Any] = {"width": 128, "height": 128, "steps": 2, "method": "hidiffusion"}
+        assert visit.page.price(visit.request, *visit.values(**small)) == compare_page.runs("none")
+        offer = visit.site.shelf.offer("emoji-sd")
+        for _ in visit.site.worker.run("a", lambda live: prepare(visit.site, offer, live)):
+            pass
+        assert "for all runs" in visit.page.price(visit.request, *visit.values(**small))
+
+    def test_tell_nothing_of_what_cannot_be_compared(self, visit: Visit) -> None:
+        assert visit.page.price(visit.request, *visit.values(width=65)) == compare_page.runs("none")
 
     def test_follow_the_model(self, visit: Visit) -> None:
         values = [component.value for component in (*visit.page.first.inputs, *visit.page.second.inputs)]
