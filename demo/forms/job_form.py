@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,16 +12,16 @@ import gradio as gr
 from gradio.components import Component
 from gradio.context import Context
 
-from ...pipelines import clip, guidance, image_input, task
+from ...pipelines import clip, task
 from ...pipelines.errors import BadInput
 from ...pipelines.job import Job
 from ...pipelines.routes.plan import DESCRIBED
 from ..cost.estimate import estimate
 from ..endpoint import SAID, message, named
 from ..server import uploads
-from . import reading, recall, sizes
+from . import reading, recall, sizes, takes
 from .method_form import MethodForm, refused
-from .reading import LABELS
+from .reading import label
 
 if TYPE_CHECKING:
     from ..server.shelf import Offer
@@ -113,8 +112,8 @@ class JobForm:
         self.examples = gr.Dataset(
             components=[self.controls["prompt"]],
             show_label=False,
-            samples=[[text] for text in examples(self.first)],
-            visible=bool(examples(self.first)),
+            samples=[[text] for text in takes.examples(self.first)],
+            visible=bool(takes.examples(self.first)),
             elem_id=f"{self._elem}-examples",
         )
         self._add(gr.Textbox, "negative", props, lines=1, max_lines=4)
@@ -170,14 +169,14 @@ class JobForm:
             return {"value": EMPTY, "placeholder": "" if value is None else f"default: {value}"}
 
         return {
-            "prompt": {"value": next(iter(examples(offer)), ""), "placeholder": "what to show"},
+            "prompt": {"value": next(iter(takes.examples(offer)), ""), "placeholder": "what to show"},
             "negative": {"value": "", "placeholder": "what not to show", "visible": offer.takes_negative},
             "model": {"choices": [each.label for each in self.offers], "value": offer.label, "filterable": False},
             "width": {**usual(native.width, "width"), **({"value": width} if width else {})},
             "height": {**usual(native.height, "height"), **({"value": height} if height else {})},
             "steps": usual(native.steps, "steps"),
             "guidance": usual(native.guidance and f"{native.guidance:g}"),
-            "true_cfg": {**usual(None), "visible": _has_true_cfg(offer)},
+            "true_cfg": {**usual(None), "visible": takes.has_true_cfg(offer)},
             "seed": {"value": 0},
             "frames": {**usual(native.frames, "frames"), "visible": offer.clips},
             "fps": {**usual(native.fps), "visible": offer.clips},
@@ -197,7 +196,7 @@ class JobForm:
                 "value": EMPTY,
                 "placeholder": "default",
                 "info": "How much of it may change, above 0 to 1.",
-                "visible": _takes_strength(offer),
+                "visible": takes.takes_strength(offer),
             },
         }
 
@@ -239,7 +238,7 @@ class JobForm:
             read[name] = reading.whole(given.get(name), label(name))
         for name in ("guidance", "true_cfg", "strength"):
             read[name] = reading.number(given.get(name), label(name))
-        read["fps"] = _fps(given.get("fps"))
+        read["fps"] = reading.rate(given.get("fps"))
         if self.method is not None:
             read["methods"] = self.method.methods(values[len(self.controls) :], offer) or {}
         upload = reading.file(given["image"], label("image"))
@@ -256,7 +255,7 @@ class JobForm:
         except BadInput as error:
             raise BadInput(reading.in_words(str(error))) from error
         if upload is not None:
-            job = _with_picture(job, offer, uploads.picture(upload, visitor.folder))
+            job = takes.with_picture(job, offer, uploads.picture(upload, visitor.folder))
         return offer, job
 
     def possible(self, offer: Offer, job: Job) -> None:
@@ -358,7 +357,7 @@ class JobForm:
             return [gr.skip() for _ in self.inputs]
         offer = self._offer(given["model"])
         kept = {"seed": given["seed"]}
-        if given["prompt"] and given["prompt"] not in {text for each in self.offers for text in examples(each)}:
+        if given["prompt"] and given["prompt"] not in {text for each in self.offers for text in takes.examples(each)}:
             kept["prompt"] = given["prompt"]
         updates = self.for_model(offer, kept)
         if self.method is not None:
@@ -367,7 +366,7 @@ class JobForm:
 
     def _around(self, model: Any) -> list[dict[str, Any]]:
         offer = self._offer(model)
-        shown = examples(offer)
+        shown = takes.examples(offer)
         updates = [
             gr.update(samples=[[text] for text in shown], visible=bool(shown)),
             gr.update(visible=offer.clips),
@@ -406,48 +405,3 @@ class JobForm:
             return self.site.shelf.offer(model)
         except BadInput as error:
             raise message(str(error)) from error
-
-
-def label(name: str) -> str:
-    """What the page calls the control of a field of `Job`."""
-    return LABELS[name.replace("_", "-")]
-
-
-def examples(offer: Offer) -> tuple[str, ...]:
-    """Prompts that the model's folder proposes."""
-    return tuple(offer.preset.examples)
-
-
-def _with_picture(job: Job, offer: Offer, picture: Path) -> Job:
-    """`job` that begins with `picture`, by default in its shape and of about as many pixels as the model's own."""
-    job = dataclasses.replace(job, image=picture)
-    native = offer.native
-    if offer.clips or job.width or job.height or not (native.width and native.height):
-        return job
-    taker = image_input.taker(job, offer.pipe)
-    width, height = image_input.size(job, taker, (native.width, native.height), offer.multiple)
-    return dataclasses.replace(job, width=width, height=height)
-
-
-def _fps(value: Any) -> Fraction | None:
-    if value is None or value == "":
-        return None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = f"{reading.number(value, label('fps')):g}"
-    text = reading.text(value, label("fps"))
-    if len(text) > reading.SHOWN:
-        raise BadInput(f"{label('fps')}: {reading.shown(text)} is no number such as 16, 23.976 or 24000/1001.")
-    return clip.parse_fps(text)
-
-
-def _has_true_cfg(offer: Offer) -> bool:
-    """Whether the pipeline knows a second kind of guidance beside the one it is trained on."""
-    accepted = inspect.signature(offer.pipe.__call__).parameters
-    return "true_cfg_scale" in accepted and not guidance.is_true(offer.pipe)
-
-
-def _takes_strength(offer: Offer) -> bool:
-    if not offer.takes_picture:
-        return False
-    taker = image_input.taker(Job("", model=offer.label, image=Path("picture.png")), offer.pipe)
-    return "strength" in inspect.signature(taker.__call__).parameters

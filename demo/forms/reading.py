@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
+from ...pipelines import clip
 from ...pipelines.errors import BadInput, near
 from ...pipelines.printable import printable
 
@@ -126,3 +128,24 @@ def shown(value: Any) -> str:
     if isinstance(value, str | float):
         return printable(repr(value), SHOWN)
     return {list: "a list", dict: "an object", int: "a number"}.get(type(value), "something else")
+
+
+def label(name: str) -> str:
+    """What the page calls the control of a field of `Job`."""
+    return LABELS[name.replace("_", "-")]
+
+
+def rate(value: Any) -> Fraction | None:
+    """Frames a second, exactly; None where the value is empty.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = f"{number(value, label('fps')):g}"
+    given = text(value, label("fps"))
+    if len(given) > SHOWN:
+        raise BadInput(f"{label('fps')}: {shown(given)} is no number such as 16, 23.976 or 24000/1001.")
+    return clip.parse_fps(given)

@@ -25,12 +25,12 @@ from ..forms.method_form import MethodForm
 from ..server import log
 from ..server.live import without_folders
 from ..server.worker import NOTHING, Failed, Finished, Progress, Stopped
-from . import verdict, words
+from . import sides, verdict, words
 from .charts import Charts
 from .make import ENDED, SHOW, STATUS, WAITING, tell_of_stopping
 
 if TYPE_CHECKING:
-    from ...pipelines.compare.figures import Comparison, Outcome
+    from ...pipelines.compare.figures import Comparison
     from ...pipelines.job import Job
     from ...pipelines.routes import Stage
     from ..server.live import Live
@@ -295,7 +295,7 @@ class ComparePage:
         visitor = self.site.visitors.of(request)
         if visitor.comparison is None:
             return gr.skip(), gr.skip()
-        return _pictures(*visitor.comparison, name)
+        return sides.pictures(*visitor.comparison, name)
 
     def price(self, request: gr.Request, *values: Any) -> str:
         """How long all runs take together, where that is known, or how many there are."""
@@ -346,7 +346,7 @@ class ComparePage:
                 for outcome in found.outcomes.values():
                     if outcome.file:
                         frames = Path(work) / Path(outcome.file).stem
-                        metrics.middle_frame(frames).save(_middle(folder / outcome.file))
+                        metrics.middle_frame(frames).save(sides.middle(folder / outcome.file))
         visitor.comparison = found, folder
         return found, folder, live.message
 
@@ -355,7 +355,7 @@ class ComparePage:
         others = [variant.name for variant in found.variants[1:]]
         made = [variant.name for variant in found.variants[1:] if found.summary(variant).made]
         right = (made or others)[0]
-        slider, caption = _pictures(found, folder, right)
+        slider, caption = sides.pictures(found, folder, right)
         clip = folder / f"{files.STITCHED}.mp4"
         said = [verdict.stopped(found, stopped)] if found.interrupted else verdict.sentences(found)
         problems = verdict.problems(found)
@@ -397,38 +397,3 @@ def name_of(methods: dict[str, dict[str, Any]]) -> str:
     """As `attnswap compare` calls it: "adaspa sparsity=0.8"."""
     given = [f"{name}={settings.shown(value)}" for values in methods.values() for name, value in values.items()]
     return " ".join(["+".join(methods), *given])
-
-
-def _pictures(found: Comparison, folder: Path, name: str) -> tuple[Any, str]:
-    """Of the slider: dense attention on the left and a method on the right, and Markdown that says so.
-
-    Where one of them is missing, the other takes both sides; where both are, there is none.
-    """
-    [shot] = found.shots
-    outcomes = {variant.name: found.outcome(shot, variant) for variant in found.variants}
-    dense, other = (_picture(folder, outcomes.get(each)) for each in (DENSE.name, name))
-    what = "middle frame" if found.frames else "picture"
-    if dense and other:
-        of = " The middle frame; the clips are below." if found.frames else ""
-        said = f"Left: dense attention. Right: {name}. Drag the handle.{of}"
-    elif dense or other:
-        there, missing = ("dense attention", name) if dense else (name, "dense attention")
-        said = f"The {what} of {there} alone: there is none of {missing}."
-    else:
-        said = f"There is no {what}."
-    left, right = dense or other, other or dense
-    pair = (left, right) if left and right else None
-    return gr.ImageSlider(pair, visible=pair is not None), words.plain(said)
-
-
-def _picture(folder: Path, outcome: Outcome | None) -> str | None:
-    """Of a clip its middle frame, beside it."""
-    if outcome is None or outcome.file is None:
-        return None
-    file = folder / outcome.file
-    return str(file if file.suffix == ".png" else _middle(file))
-
-
-def _middle(clip: Path) -> Path:
-    """Where the middle frame of a clip is kept."""
-    return clip.with_name(f"{clip.stem}-middle.png")
