@@ -64,6 +64,8 @@ def visit(browser: Any, server: tuple[str, Site]) -> Iterator[Callable[..., Any]
 def shot(page: Any, name: str) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.evaluate("scrollTo(0, 0)")
+    # The buttons stay in sight of the window, of which such a picture knows nothing.
+    page.add_style_tag(content=".actions { position: static !important }")
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
