@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
@@ -27,7 +26,7 @@ from ..server.live import without_folders
 from ..server.worker import NOTHING, Failed, Finished, Progress, Stopped
 from . import sides, verdict, words
 from .charts import Charts
-from .make import ENDED, SHOW, STATUS, WAITING, tell_of_stopping
+from .make import SHOW, STATUS, TAKEN_OUT, WAITING, is_running, tell_of_stopping
 
 if TYPE_CHECKING:
     from ...pipelines.compare.figures import Comparison
@@ -46,8 +45,6 @@ WELCOME = (
     "What they look like, and what they cost, will be here."
 )
 NOTHING_DONE = "Nothing was finished, so there is nothing to compare."
-TAKEN_OUT = "Stopped: it was taken out of the queue."
-RUNNING = re.compile("[0-9]+ %")
 BEGIN = f"""() => {{
   {SHOW}
   return "{WAITING}";
@@ -275,7 +272,7 @@ class ComparePage:
                         yield from self._failed(message)
 
     def rest(self, request: gr.Request, status: str) -> tuple[Any, ...]:
-        """Ends what the visitor has running; of a comparison, shows what was finished.
+        """Ends what the visitor has running; of a comparison, shows what was finished, be it all of it.
 
         Args:
             status: that was shown.
@@ -284,9 +281,10 @@ class ComparePage:
         said = self.site.worker.stop(visitor.name)
         if status == WAITING:
             said = TAKEN_OUT
-        elif RUNNING.match(str(status)) and visitor.comparison is not None and visitor.comparison[0].interrupted:
+        elif is_running(status) and visitor.comparison is not None:
+            # That may have been done before it could be stopped; either way its page no longer hears of its end.
             return self._shown(*visitor.comparison, said)
-        elif said == NOTHING and str(status).startswith(ENDED):
+        elif said == NOTHING and status not in ("", WELCOME) and not is_running(status):
             said = status
         return (said, *[gr.skip() for _ in self.outputs[1:]])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # As high as the picture, whatever is in its place, so that nothing below moves.
 HEIGHT = "min(30rem, 84vw, 52vh)"
 WAITING = "Waiting for its turn …"
+TAKEN_OUT = "Stopped: it was taken out of the queue."
 # Of a status in a browser: whether something is running, or waits.
 RUNNING = f"/^([0-9]+ %|{WAITING})/"
 # The text is escaped. That of a run begins with its share in percent, of which the bar is drawn; what has come about
@@ -53,6 +55,8 @@ SHOW = """for (const shown of document.querySelectorAll(".page > .result")) {
   }"""
 # What stays where Stop is pressed and nothing runs.
 ENDED = ("Done ", "Stopped", "Not ")
+# Of a job whose end and the click on Stop have passed each other on the way.
+OVER = "It had ended before it could be stopped. What it made is in History."
 # A click while something runs changes nothing but that.
 BEGIN = f"""(status, words) => {{
   {SHOW}
@@ -181,10 +185,14 @@ class MakePage:
         task = session.plan(dataclasses.replace(job, output=output))
         self.site.limits.check(task.job)
         live.what = log.described(task.job)
-        live.expect(task.stages, preview=Preview(session.pipe))
+        preview = Preview(session.pipe)
+        live.expect(task.stages, preview=preview)
         try:
             [result] = session.make([task], watch=live, say=live.say, look=live.look)
             self.site.pace.learn(task, live, result.seconds)
+            if preview.why_not:
+                notices = (*result.notices, f"no preview on the way: {preview.why_not}")
+                result = dataclasses.replace(result, notices=notices)
             return visitor.keep(result)
         except BaseException:
             output.unlink(missing_ok=True)
@@ -212,7 +220,9 @@ class MakePage:
             status: that was shown.
         """
         if status == WAITING:
-            return "Stopped: it was taken out of the queue."
+            return TAKEN_OUT
+        if said == NOTHING and is_running(status):
+            return OVER
         return status if said == NOTHING and str(status).startswith(ENDED) else said
 
     def prepare(self, request: gr.Request, *values: Any) -> Iterator[str]:
@@ -235,6 +245,11 @@ class MakePage:
                     yield words.plain(message := reading.in_words(event.message))
                     raise endpoint.message(message)  # so that no estimate takes its place
         yield self.form.price(request, *values)
+
+
+def is_running(status: Any) -> bool:
+    """Whether what is shown is said of a run that goes on."""
+    return re.match("[0-9]+ %", str(status)) is not None
 
 
 def tell_of_stopping(stop: gr.Button, status: gr.HTML, name: str) -> None:

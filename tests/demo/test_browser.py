@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,16 @@ def visit(browser: Any, server: tuple[str, Site]) -> Iterator[Callable[..., Any]
     assert not broken
 
 
+@pytest.fixture
+def unhurried(server: tuple[str, Site]) -> Iterator[None]:
+    """Steps that are slow on any machine, so that a click comes before the run's end."""
+    shelf = server[1].shelf
+    unet = shelf.session(shelf.offer("emoji-sd")).pipe.unet
+    hook = unet.register_forward_pre_hook(lambda *_: time.sleep(0.25))
+    yield
+    hook.remove()
+
+
 def shot(page: Any, name: str) -> None:
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.evaluate("scrollTo(0, 0)")
@@ -110,10 +121,9 @@ class TestANewcomer:
         expect(page.locator("#inside-phases img")).to_be_visible()
         shot(page, "inside-desk")
 
+    @pytest.mark.usefixtures("unhurried")
     def test_sees_the_picture_come_about(self, visit: Callable[..., Any]) -> None:
         page = visit()
-        fill(page, "image-width", "256")
-        fill(page, "image-height", "256")
         page.locator("#image-go").click()
         page.wait_for_function(
             """() => {
@@ -153,13 +163,14 @@ class TestANewcomer:
         shot(page, "compare-desk")
 
 
+@pytest.mark.usefixtures("unhurried")
 class TestStop:
     def test_of_a_comparison_keeps_what_was_finished(self, visit: Callable[..., Any]) -> None:
         page = visit()
         tab(page, "Compare")
         for field in ("compare-width", "compare-height"):
-            fill(page, field, "192")
-        fill(page, "compare-steps", "8")
+            fill(page, field, "128")
+        fill(page, "compare-steps", "16")
         choose(page, "compare-method", "hidiffusion")
         page.locator("#compare-go").click()
         expect(page.locator("#compare-status")).to_contain_text("hidiffusion, 2 of 2", timeout=3 * PATIENCE)
@@ -171,8 +182,6 @@ class TestStop:
 
     def test_ends_the_run_and_the_next_one_begins_at_once(self, visit: Callable[..., Any]) -> None:
         page = visit()
-        fill(page, "image-width", "256")
-        fill(page, "image-height", "256")
         fill(page, "image-steps", "20")
         page.locator("#image-go").click()
         expect(page.locator("#image-status")).to_contain_text("step")
@@ -183,11 +192,21 @@ class TestStop:
         expect(page.locator("#image-download")).to_be_enabled()
         expect(page.locator("#image-status")).not_to_contain_text("Stopped")
 
+    def test_on_another_page_is_told_on_both(self, visit: Callable[..., Any]) -> None:
+        page = visit()
+        fill(page, "image-steps", "20")
+        page.locator("#image-go").click()
+        expect(page.locator("#image-status")).to_contain_text("step")
+        tab(page, "Video")
+        page.locator("#video-stop").click()
+        expect(page.locator("#video-status")).to_contain_text("Stopped after")
+        tab(page, "Image")
+        expect(page.locator("#image-status")).to_contain_text("Stopped after")
 
+
+@pytest.mark.usefixtures("unhurried")
 def test_whoever_waits_sees_the_place_in_the_queue(visit: Callable[..., Any]) -> None:
     first, second = visit(), visit()
-    for field in ("image-width", "image-height"):
-        fill(first, field, "192")
     fill(first, "image-steps", "20")
     first.locator("#image-go").click()
     expect(first.locator("#image-status")).to_contain_text("step")

@@ -205,6 +205,13 @@ class TestStop:
         *_, last = events  # clients without a page see the same
         assert visit.by_id(last)["compare-json"] == shown["compare-json"]
 
+    def test_that_has_missed_the_end_shows_all_of_it(self, visit: Visit) -> None:
+        made = visit.compared(**FAST)
+        late = visit.by_id(visit.page.rest(visit.request, "96 %: hidiffusion, 2 of 2: step 2 of 2, decoding"))
+        assert late["compare-json"] == made["compare-json"]
+        assert not late["compare-json"]["interrupted"]
+        assert set(sides(late["compare-slider"])) == set(sides(made["compare-slider"]))
+
     def test_in_a_warm_up_leaves_nothing(self, visit: Visit) -> None:
         events = visit.compare(**FAST)
         assert any("warm-up of dense" in visit.said[-1] for _ in events)
@@ -221,6 +228,10 @@ class TestStop:
         events.close()
         assert not visit.site.worker.busy(visit.visitor.name)
         assert not visit.compared(**FAST)["compare-json"]["interrupted"]
+
+    def test_after_the_end_leaves_what_is_said_of_it(self, visit: Visit) -> None:
+        visit.compared(**FAST)
+        assert visit.page.rest(visit.request, visit.said[-1])[0] == visit.said[-1]
 
     def test_of_nothing_says_so(self, visit: Visit) -> None:
         said, *others = visit.page.rest(visit.request, "")

@@ -13,8 +13,9 @@ import pytest
 from attnswap.demo.pages import make as make_page
 from attnswap.demo.pages.make import MakePage
 from attnswap.demo.site import Site
-from attnswap.pipelines import save
+from attnswap.pipelines import preview, save
 from attnswap.pipelines.errors import JobFailed
+from attnswap.pipelines.preview import Preview
 from PIL import Image
 
 
@@ -59,6 +60,12 @@ class TestAPicture:
         kind, _, data = shown[-1].partition(",")
         assert kind == "data:image/webp;base64"
         assert Image.open(io.BytesIO(base64.b64decode(data))).size[0] >= 32
+
+    def test_says_why_there_were_no_previews(self, asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Preview, "picture", lambda *_: None)
+        monkeypatch.setattr(preview, "_unknown", lambda pipe: "its autoencoder is not known")
+        *_, (_, _, details) = asking.make()
+        assert "no preview on the way: its autoencoder is not known" in details["notices"]
 
     def test_tells_how_far_it_is_in_percent_that_only_grow(self, asking: Asking) -> None:
         *on_the_way, _ = asking.make()
@@ -157,6 +164,11 @@ class TestStop:
 
     def test_just_after_the_end_leaves_what_is_said_of_it(self, asking: Asking) -> None:
         assert asking.page.stopped(asking.site.worker.stop("a"), "Done in 1 s.") == "Done in 1 s."
+
+    def test_that_has_missed_the_end_says_where_the_picture_is(self, asking: Asking) -> None:
+        list(asking.make(steps=1))
+        said = asking.page.stopped(asking.site.worker.stop("a"), "92 %: step 12 of 12, decoding")
+        assert said == "It had ended before it could be stopped. What it made is in History."
 
     def test_leaves_nothing_to_explain(self, asking: Asking) -> None:
         said, button = asking.page.explain(asking.request, None)
