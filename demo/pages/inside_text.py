@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...accel.report_pictures import Masked
-from ...pipelines.compare.text import count, share
+from ...pipelines.compare.text import count, percent, share
 from ..server.live import without_folders
 from . import words
 from .inside_pictures import PARTS, Phases, counted, in_words
@@ -111,10 +111,10 @@ def of_mask(layer: Masked, branch: int, item: int, head: int) -> str:
     place = branch, item, head
     said = (
         f"Rows are blocks of queries, columns blocks of keys. **Light** blocks are computed: "
-        f"{words.percent(layer.kept[place])} of them. **Dark** ones are left out."
+        f"{percent(layer.kept[place])} of them. **Dark** ones are left out."
     )
     if place in layer.recall:
-        held = words.percent(layer.recall[place])
+        held = percent(layer.recall[place])
         said += f" When this was searched, the light ones held {held} of this head's attention (recall)."
     return said
 

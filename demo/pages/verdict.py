@@ -12,7 +12,6 @@ from ...pipelines.compare.figures import Comparison, Summary
 from ...pipelines.compare.variants import DENSE, Variant
 from ..forms.reading import in_words
 from ..server.live import without_folders
-from .words import percent
 
 # Times that differ by less are the same: a machine is not steadier.
 STEADY = 0.05
@@ -125,7 +124,7 @@ def _work(summary: Summary) -> str:
 
 
 def _percent(share: float) -> str:
-    return percent(share).replace(" ", "\u00a0")
+    return text.percent(share).replace(" ", "\u00a0")
 
 
 def _likeness(comparison: Comparison, summary: Summary) -> str:

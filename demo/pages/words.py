@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...pipelines.compare.text import count, memory, seconds
+from ...pipelines.compare.text import count, memory, percent, seconds
 from ...pipelines.settings import AUTO
 from ..forms.reading import in_words, plain
 from ..server.live import without_folders
@@ -103,13 +103,6 @@ def details(entry: Entry) -> dict[str, Any]:
         "report": result.report.summary() if result.report else None,
         "notices": [without_folders(notice) for notice in result.notices],
     }
-
-
-def percent(share: float) -> str:
-    """ "37 %", "1.9 %"."""
-    if 0 < share < 0.0005:
-        return "less than 0.1 %"
-    return f"{100 * share:.1f} %" if 0 < share < 0.0995 else f"{100 * share:.0f} %"
 
 
 def _layers(report: Report) -> str:

@@ -179,7 +179,7 @@ class Shelf:
             offer = offers.setdefault(model.folder.resolve(), Offer(labels[name], model))
             self._names[name] = offer
             if name in given:
-                _check(offer)
+                _ = offer.native  # or there is nothing to offer
         self.offers = tuple(offers.values())
         self._session: Session | None = None
         self._loaded: Offer | None = None
@@ -287,11 +287,3 @@ def _check_weights(name: str) -> None:
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         hint = f": hf download {name} gets them" if HUB_ID.fullmatch(name) else ""
         raise BadInput(f"--weights {name}: there are none on this machine{hint}.") from None
-
-
-def _check(offer: Offer) -> None:
-    """
-    Raises:
-        BadInput, UnsupportedModel: the model makes nothing.
-    """
-    _ = offer.native

@@ -16,6 +16,7 @@ from attnswap.accel.report import Details, Report
 from attnswap.kernels import BlockMask
 from PIL import Image
 
+from .drawn import corners
 from .tiny_dit import flux
 
 HEADS = 3
@@ -54,19 +55,6 @@ def drawn(report: Report, folder: Path) -> Image.Image:
     with Image.open(path) as image:
         assert image.format == "PNG"
         return image.convert("RGB")
-
-
-def corners(monkeypatch: pytest.MonkeyPatch) -> list[tuple[heat_map.HeatMap, heat_map.Geometry]]:
-    """The maps of the pictures drawn from here on, and where their cells are."""
-    found: list[tuple[heat_map.HeatMap, heat_map.Geometry]] = []
-    draw = heat_map.HeatMap.draw
-
-    def watch(self: heat_map.HeatMap, image: Image.Image, left: int, top: int, **names: str) -> None:
-        found.append((self, self.geometry(left, top)))
-        draw(self, image, left, top, **names)
-
-    monkeypatch.setattr(heat_map.HeatMap, "draw", watch)
-    return found
 
 
 def near(cell: tuple[int, int, int, int]) -> tuple[int, int]:

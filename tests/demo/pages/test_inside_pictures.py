@@ -16,6 +16,8 @@ from attnswap.pipelines.job import Job
 from attnswap.pipelines.session import Session
 from PIL import Image
 
+from ...accel.drawn import corners
+
 
 def layer(name: str, density: float | None = None, *, calls: int = 2, reason: str = "deeper") -> dict[str, Any]:
     """As a report has it; without a density it was left as it is."""
@@ -35,16 +37,7 @@ def denoiser(*layers: dict[str, Any], runs: tuple[dict[str, Any], ...] = ()) -> 
 
 @pytest.fixture
 def maps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[heat_map.HeatMap, heat_map.Geometry]]:
-    """Those that are drawn, and where their cells are."""
-    found: list[tuple[heat_map.HeatMap, heat_map.Geometry]] = []
-    draw = heat_map.HeatMap.draw
-
-    def watch(self: heat_map.HeatMap, image: Image.Image, left: int, top: int, **names: str) -> None:
-        found.append((self, self.geometry(left, top)))
-        draw(self, image, left, top, **names)
-
-    monkeypatch.setattr(heat_map.HeatMap, "draw", watch)
-    return found
+    return corners(monkeypatch)
 
 
 def colour(image: Image.Image, box: tuple[int, int, int, int]) -> Any:

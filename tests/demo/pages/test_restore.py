@@ -37,15 +37,6 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where Gradio keeps what visitors bring."""
-    folder = tmp_path / "uploads"
-    folder.mkdir()
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))
-    return folder
-
-
 @pytest.fixture
 def forms(site: Site) -> Iterator[Forms]:
     with gr.Blocks(analytics_enabled=False):

@@ -132,11 +132,3 @@ def test_the_details_are_the_record_with_figures(make: Any, tmp_path: Path) -> N
     assert {name: found[name] for name in result.record} == result.record
     assert found["seconds"] == result.seconds
     assert found["report"]["density"] == result.report.density
-
-
-@pytest.mark.parametrize(
-    ("share", "said"),
-    [(0.0, "0 %"), (0.0001, "less than 0.1 %"), (0.0188, "1.9 %"), (0.0999, "10 %"), (0.372, "37 %"), (1.0, "100 %")],
-)
-def test_percent(share: float, said: str) -> None:
-    assert words.percent(share) == said

@@ -132,3 +132,11 @@ class TestStitched:
         found = comparison(frames=3, fps="8")
         found.outcomes.update(dict.fromkeys(found.outcomes, Outcome(error="out of memory")))
         assert list(stitch.scene(found, found.shots[0], lambda file: tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(0.0, "0 %"), (0.0001, "less than 0.1 %"), (0.0188, "1.9 %"), (0.0999, "10 %"), (0.372, "37 %"), (1.0, "100 %")],
+)
+def test_a_share_in_percent(share: float, said: str) -> None:
+    assert text.percent(share) == said
