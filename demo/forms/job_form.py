@@ -1,29 +1,26 @@
-"""What is to be made: the controls of a job, what they say as a `Job`, and a record put back into them."""
+"""What is to be made: the controls of a job, in one column, and how they follow from one another."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from gradio.components import Component
 from gradio.context import Context
 
-from ...pipelines import clip, task
+from ...pipelines import task
 from ...pipelines.errors import BadInput
-from ...pipelines.job import Job
 from ...pipelines.routes.plan import DESCRIBED
 from ..cost.estimate import estimate
 from ..endpoint import SAID, message, named
-from ..server import uploads
-from . import reading, recall, sizes, takes
+from . import asked, reading, recall, sizes, takes
 from .method_form import MethodForm, refused
 from .reading import label
 
 if TYPE_CHECKING:
+    from ...pipelines.job import Job
     from ..server.shelf import Offer
     from ..server.visitors import Visitor
     from ..site import Site
@@ -161,7 +158,7 @@ class JobForm:
     def props(self, offer: Offer) -> dict[str, dict[str, Any]]:
         """Control → what it is like with a model, all values as its preset has them."""
         native, (width, height) = offer.native, self._begin(offer)
-        lowered = self._lowered(offer)
+        lowered = asked.lowered(offer, self.site.limits)
 
         def usual(value: Any, name: str = "") -> dict[str, Any]:
             if name in lowered:
@@ -200,18 +197,6 @@ class JobForm:
             },
         }
 
-    def _lowered(self, offer: Offer) -> dict[str, int]:
-        """What is left empty and would be beyond this server's limits → the most that it may be."""
-        native, limits = offer.native, self.site.limits
-        of_clip = clip.temporal_factor(offer.pipe) if offer.clips else 1
-        most = {
-            "width": limits.max_size // offer.multiple * offer.multiple,
-            "height": limits.max_size // offer.multiple * offer.multiple,
-            "steps": limits.max_steps,
-            "frames": (limits.max_frames - 1) // of_clip * of_clip + 1,
-        }
-        return {name: value for name, value in most.items() if (getattr(native, name) or 0) > value > 0}
-
     def _accordion_props(self, offer: Offer) -> dict[str, Any]:
         title = "Begin with a picture" + (": this model needs one" if offer.needs_picture else "")
         return {"label": title, "open": offer.needs_picture, "visible": offer.takes_picture}
@@ -224,39 +209,7 @@ class JobForm:
         Raises:
             BadInput: a value that is none, is not offered, or is beyond the limits; with the control's label.
         """
-        given = dict(zip(self.controls, values, strict=False))
-        offer = self.site.shelf.offer(
-            reading.one_of(given["model"], label("model"), [each.label for each in self.offers])
-        )
-        read: dict[str, Any] = {
-            "prompt": reading.text(given["prompt"], label("prompt")),
-            "negative": reading.text(given["negative"], label("negative")) or None,
-            "route": reading.one_of(given["route"], label("route"), offer.routes),
-            "seed": reading.whole(given["seed"], label("seed")) or 0,
-        }
-        for name in ("width", "height", "steps", "frames", "window", "overlap"):
-            read[name] = reading.whole(given.get(name), label(name))
-        for name in ("guidance", "true_cfg", "strength"):
-            read[name] = reading.number(given.get(name), label(name))
-        read["fps"] = reading.rate(given.get("fps"))
-        if self.method is not None:
-            read["methods"] = self.method.methods(values[len(self.controls) :], offer) or {}
-        upload = reading.file(given["image"], label("image"))
-        for name, most in self._lowered(offer).items():
-            if read[name] is None and (upload is None or name not in ("width", "height")):
-                read[name] = most
-            if name == "frames" and read["route"] == "windows" and read["window"] is None:
-                read["window"] = most
-        self._check(offer, read, upload)
-        try:
-            job = self.site.shelf.job(offer, **read)
-            self.site.limits.check(job)
-            task.check(dataclasses.replace(job, image=Path(upload) if upload else None))
-        except BadInput as error:
-            raise BadInput(reading.in_words(str(error))) from error
-        if upload is not None:
-            job = takes.with_picture(job, offer, uploads.picture(upload, visitor.folder))
-        return offer, job
+        return asked.job(self, values, visitor)
 
     def possible(self, offer: Offer, job: Job) -> None:
         """Whether the model can do it, without its weights.
@@ -266,26 +219,6 @@ class JobForm:
         """
         planned = task.plan(job, offer.model, offer.pipe, offer.preset, self.site.shelf.device)
         self.site.limits.check(planned.job)
-
-    def _check(self, offer: Offer, read: dict[str, Any], upload: str | None) -> None:
-        """
-        Raises:
-            BadInput: something is missing, or is given to a model that knows nothing of it.
-        """
-        if not read["prompt"].strip():
-            raise BadInput(f"{label('prompt')}: say what to show.")
-        if read["negative"] is not None and not offer.takes_negative:
-            raise BadInput(f"{label('negative')}: {offer.label} takes none.")
-        if not offer.clips:
-            for name in ("frames", "fps"):
-                if read[name] is not None:
-                    raise BadInput(f"{label(name)}: {offer.label} makes pictures, not clips.")
-        if upload is not None and not offer.takes_picture:
-            raise BadInput(f"{label('image')}: {offer.label} begins with none.")
-        if upload is None and offer.needs_picture:
-            raise BadInput(f"{label('image')}: {offer.label} begins with one; choose it.")
-        if upload is None and read["strength"] is not None:
-            raise BadInput(f"{label('strength')}: there is no picture to change.")
 
     def restored(self, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
         """Updates of `inputs` with which the same is made again, and what of the record they cannot say.

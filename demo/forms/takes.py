@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...pipelines import guidance, image_input
+from ...pipelines.errors import BadInput
 from ...pipelines.job import Job
 
 if TYPE_CHECKING:
@@ -19,15 +21,25 @@ def examples(offer: Offer) -> tuple[str, ...]:
     return tuple(offer.preset.examples)
 
 
-def with_picture(job: Job, offer: Offer, picture: Path) -> Job:
-    """`job` that begins with `picture`, by default in its shape and of about as many pixels as the model's own."""
+def with_picture(job: Job, offer: Offer, picture: Path, most: int) -> Job:
+    """`job` that begins with `picture`, by default in its shape and of about as many pixels as the model's own.
+
+    Args:
+        most: pixels that a side of what is not given may have.
+    """
     job = dataclasses.replace(job, image=picture)
     native = offer.native
-    if offer.clips or job.width or job.height or not (native.width and native.height):
+    if job.width or job.height or not (native.width and native.height):
         return job
-    taker = image_input.taker(job, offer.pipe)
-    width, height = image_input.size(job, taker, (native.width, native.height), offer.multiple)
-    return dataclasses.replace(job, width=width, height=height)
+    taker, area = image_input.taker(job, offer.pipe), (native.width, native.height)
+    width, height = image_input.size(job, taker, area, offer.multiple)
+    if max(width, height) > most:
+        side = max(most // offer.multiple, 1) * offer.multiple
+        lower = dataclasses.replace(job, width=side) if width > height else dataclasses.replace(job, height=side)
+        with suppress(BadInput):  # the pipeline has a size of its own, which is beyond what is allowed
+            width, height = image_input.size(lower, taker, area, offer.multiple)
+            return dataclasses.replace(job, width=width, height=height)
+    return job if offer.clips else dataclasses.replace(job, width=width, height=height)
 
 
 def has_true_cfg(offer: Offer) -> bool:

@@ -92,7 +92,7 @@ class InsidePage:
             label="Attention layers, dense ones first",
             interactive=False,
             wrap=True,
-            column_widths=[60, 190, 110, 130, 75, 105, 290],
+            column_widths=[65, 350, 105, 115, 80, 105, 390],
             max_height=420,
             show_search="search",
             buttons=["fullscreen"],
