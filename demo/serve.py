@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -293,8 +293,7 @@ class _Ending:
     it was before."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
-        self._waiting = False
+        self._asked = self._waiting = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Ending:
@@ -312,11 +311,12 @@ class _Ending:
 
     def wait(self) -> None:
         self._waiting = True
-        while not self._asked.wait(0.5):
-            pass
+        # No event: the lock of one may be held by the very thread that the signal interrupts.
+        while not self._asked:
+            time.sleep(0.2)
 
     def _ask(self, _number: int, _frame: object) -> None:
         self.__exit__()
-        self._asked.set()
+        self._asked = True
         if not self._waiting:
             raise KeyboardInterrupt

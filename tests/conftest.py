@@ -18,6 +18,13 @@ from pathlib import Path
 import pytest
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Among two hundred tests that are skipped for want of a GPU, those in a browser must not go unnoticed."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", ()) if "test_browser" in report.nodeid]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests of the page are skipped: no Chromium to open it in.")
+
+
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random StableDiffusionPipeline of SD 1.5's block structure: 64 px native, 8x autoencoder."""

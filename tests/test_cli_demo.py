@@ -21,6 +21,11 @@ __all__ = ["attnswap"]  # a fixture
 
 # Seconds; a server is up in a few, where the machine has nothing else to do.
 PATIENCE = 60
+# A suite that runs in the background ignores Ctrl-C, and so would its children.
+COMMAND = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from attnswap import cli
+sys.exit(cli.main(sys.argv[1:]))"""
 
 
 def test_the_help_is_a_screen_and_answers_at_once() -> None:
@@ -77,7 +82,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[str]]]:
     def started() -> subprocess.Popen[str]:
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "attnswap.cli", "demo", "--port", "0"],
+                [sys.executable, "-c", COMMAND, "demo", "--port", "0"],
                 env={**os.environ, "TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -66,10 +66,3 @@ def server(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     with serve.running(site) as url:
         yield url, site
     worker.close()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Among two hundred tests that are skipped for want of a GPU, these must not go unnoticed."""
-    skipped = [report for report in terminalreporter.stats.get("skipped", ()) if "test_browser" in report.nodeid]
-    if skipped:
-        terminalreporter.write_line(f"{len(skipped)} tests of the page are skipped: no Chromium to open it in.")

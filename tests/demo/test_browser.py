@@ -21,7 +21,7 @@ from attnswap.pipelines.session import Session
 
 sync_api = pytest.importorskip("playwright.sync_api")
 expect = sync_api.expect
-PATIENCE = 30_000  # ms
+PATIENCE = 60_000  # ms
 expect.set_options(timeout=PATIENCE)
 
 SCREENSHOTS = Path(__file__).parents[2] / "out" / "screenshots"
@@ -173,7 +173,7 @@ class TestStop:
         fill(page, "compare-steps", "16")
         choose(page, "compare-method", "hidiffusion")
         page.locator("#compare-go").click()
-        expect(page.locator("#compare-status")).to_contain_text("hidiffusion, 2 of 2", timeout=3 * PATIENCE)
+        expect(page.locator("#compare-status")).to_contain_text("hidiffusion, 2 of 2", timeout=2 * PATIENCE)
         page.locator("#compare-stop").click()
         expect(page.locator("#compare-status")).to_contain_text(
             re.compile(r"Stopped after .*: dense attention is done, hidiffusion is not\.")
