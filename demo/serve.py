@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 QUEUE = 64
 # At a time, of what is no job: those have a limit of their own.
 AT_ONCE = 4
+# Pages and clients, for each visitor that there may be.
+SESSIONS = 4
 
 
 def serve(
@@ -178,7 +180,7 @@ def _launched(site: Site, **launch: Any) -> Iterator[tuple[str, str | None]]:
     from starlette.middleware import Middleware
 
     from . import app
-    from .server import uploads
+    from .server import uploads, visitors
     from .server.gate import Gate
 
     host = str(launch["server_name"]).strip("[]")
@@ -187,7 +189,7 @@ def _launched(site: Site, **launch: Any) -> Iterator[tuple[str, str | None]]:
         max_upload=uploads.MAX_BYTES,
         only_here=host in LOOPBACK and not launch.get("share") and launch.get("auth") is None,
         cancelled=site.worker.ask,
-        has_room=uploads.Room(site.folder / "cache").take,
+        room=uploads.Room(site.folder / "cache"),
     )
     # Closed: what has a queue would go past it otherwise, and as many at once as there are threads.
     blocks = app.build(site).queue(max_size=QUEUE, default_concurrency_limit=AT_ONCE, api_open=False)
@@ -207,6 +209,8 @@ def _launched(site: Site, **launch: Any) -> Iterator[tuple[str, str | None]]:
         "share": False,
         "show_error": True,  # else clients would not see what is said to them
         "ssr_mode": False,
+        # Gradio keeps a copy of the page's state for every name that a client gives itself.
+        "state_session_capacity": SESSIONS * visitors.MAX_VISITORS,
     }
     said = io.StringIO()
     with _nothing_fetched():

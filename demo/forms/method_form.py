@@ -30,6 +30,10 @@ LABELS = {
     DENSE: "dense: nothing is replaced",
     AUTO: "auto: what suits this model and size best",
 }
+ABOUT = (
+    "Attention relates every part of a picture or clip to every other, which takes most of the time at large sizes. "
+    "Dense attention computes all of it, a method only a part."
+)
 
 
 class MethodForm:
@@ -55,6 +59,7 @@ class MethodForm:
             **self._choice_props(offer),
             value=self.choices(offer)[0],
             label=self._label,
+            info=None if optional else ABOUT,
             elem_id=f"{elem}-method",
             filterable=False,
             interactive=True,
@@ -127,6 +132,17 @@ class MethodForm:
         """Updates of `inputs` that give these methods; what `offer` does not have stays as usual, see `lost`."""
         values, _ = self._recalled(methods, offer or self._first)
         return [gr.update(value=value) for value in values]
+
+    def readable(self, methods: Mapping[str, Mapping[str, Any]], offer: Offer) -> dict[str, dict[str, Any]]:
+        """`methods` with no files but those that the operator allows."""
+        found = {method: dict(values) for method, values in methods.items()}
+        for setting in self.settings:
+            values = found.get(setting.method, {})
+            if setting.names_file and setting.name in values:
+                text = settings.shown(values.pop(setting.name))
+                if text in self._allowed(setting, offer):
+                    values[setting.name] = settings.read_value(setting.method, setting.name, text)
+        return found
 
     def lost(self, methods: Mapping[str, Mapping[str, Any]], offer: Offer) -> list[str]:
         """What `restored` cannot give, a line each."""

@@ -73,7 +73,9 @@ def _planned(form: JobForm, offer: Offer, fields: dict[str, Any], asked: dict[st
     names = ("prompt", "negative", "route", "seed")
     given = {name: fields[name] for name in names} | {name: asked.get(name) for name in OPEN if name != "strength"}
     given["fps"] = fields["fps"] if asked.get("fps") is not None else None
-    job = form.site.shelf.job(offer, **given, methods=asked["methods"])
+    # Planning reads the files that settings name, and a record may name any.
+    methods = form.method.readable(asked["methods"], offer) if form.method is not None else {}
+    job = form.site.shelf.job(offer, **given, methods=methods)
     try:
         return task.plan(job, offer.model, offer.pipe, offer.preset, form.site.shelf.device)
     except (BadInput, UnsupportedModel):

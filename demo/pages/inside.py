@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from PIL import Image
 
 from ...accel import report_pictures
 from .. import endpoint
@@ -12,8 +13,6 @@ from . import inside_pictures, inside_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from PIL import Image
 
     from ...accel.report import Report
     from ...accel.report_pictures import Masked
@@ -178,7 +177,9 @@ class InsidePage:
         report = chosen.result.report
         masks = report_pictures.masks(report) if report else ()
         if not masks or report is None:
-            raise endpoint.message(f"entry {chosen.number} has no block masks: no method has searched for any.")
+            gone = report is not None and inside_text.masks_are_gone(report)
+            why = inside_text.MASKS_GONE if gone else "No method has searched for any."
+            raise endpoint.message(f"entry {chosen.number} has no block masks. {why}")
         masked = next((each for each in masks if layer is None or layer == each.number), None)
         if masked is None:
             there = report_pictures.spans(each.number for each in masks)

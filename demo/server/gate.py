@@ -7,10 +7,13 @@ import json
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
+
+if TYPE_CHECKING:
+    from .uploads import Room
 
 API = "/gradio_api"
 #: Figures of what others do, copies of a page's state on disk, a recorder that runs FFmpeg on what it is sent, other
@@ -51,24 +54,24 @@ class Gate:
 
     Args:
         max_upload: bytes.
+        room: for uploads; asked in a thread.
         only_here: whether nobody but pages of this machine is to be answered, as nothing else keeps others out: a page
             from the web that is open in a browser here could ask for this server, by its own origin, or by a name of
             its own that leads to 127.0.0.1.
         cancelled: is given the name of a visitor who does not want any more what is being made.
-        has_room: whether an upload of so many bytes is to be taken; asked in a thread.
     """
 
     def __init__(
         self,
         app: Any,
         max_upload: int,
+        room: Room,
         *,
         only_here: bool = False,
         cancelled: Callable[[str], Any] = lambda visitor: None,
-        has_room: Callable[[int], bool] = lambda length: True,
     ) -> None:
         self._app, self._max_upload, self._only_here, self._cancelled = app, max_upload, only_here, cancelled
-        self._has_room = has_room
+        self._room = room
         self._wrong: deque[float] = deque(maxlen=GUESSES)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -93,10 +96,6 @@ class Gate:
         if not length.isdigit() or int(length) > most:
             await _answer(send, 413, f"More than {most // 2**20} MiB.".encode())
             return
-        # What does not say how long it is counts as much as it may be.
-        if uploads and not await asyncio.to_thread(self._has_room, int(length) or most):
-            await _answer(send, 507, b"This server has no room for more files now. Try again later.")
-            return
         count = 0
 
         async def counted() -> Message:
@@ -115,7 +114,17 @@ class Gate:
                 self._wrong.append(time.monotonic())
             await send(message)
 
-        await self._app(scope, counted, noted)
+        if not uploads:
+            await self._app(scope, counted, noted)
+            return
+        expected = int(length) or most  # what does not say how long it is counts as much as it may be
+        if not await asyncio.to_thread(self._room.take, expected):
+            await _answer(send, 507, b"This server has no room for more files now. Try again later.")
+            return
+        try:
+            await self._app(scope, counted, noted)
+        finally:
+            self._room.release(expected)
 
     def _has_guessed(self) -> bool:
         return len(self._wrong) == GUESSES and time.monotonic() - self._wrong[0] < GUESSED_IN

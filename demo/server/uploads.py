@@ -27,8 +27,8 @@ from .live import without_folders
 MAX_PIXELS = 50_000_000
 #: Bytes of any file, for Gradio, which counts while it receives.
 MAX_BYTES = 100 * 2**20
-# Of one visitor, in one folder.
-KEPT = 8
+# Of one visitor, in one folder: many more than anybody chooses during a comparison, which reads its own for every run.
+KEPT = 32
 BEGIN = "picture-"
 # Pixels of a side; a larger picture is made smaller, as nothing larger is made of it.
 SIDE = Limits.max_size
@@ -37,6 +37,9 @@ MAX_RECORD = 2**18
 # Bytes that a disk keeps free; those that uploads and what Gradio copies beside them take at most; the seconds between
 # two looks at how much that is.
 SPARE, MOST, RECOUNT = 2 * 2**30, 4 * 2**30, 10.0
+# Seconds after which one of these goes that nothing more has come of, any that has not been given out for so long, and
+# where more than half of the room is taken.
+UNFINISHED, LATE, SOON = 600.0, 24 * 3600.0, 3600.0
 # A picture takes some hundred megabytes while it is read, however small its file.
 _READING = threading.Lock()
 
@@ -45,34 +48,55 @@ class Room:
     """On the disk.
 
     Args:
-        folder: everything in it counts; it need not be there yet.
+        folder: of Gradio's cache; everything in it counts, and goes when it is old. It need not be there yet.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._guard = threading.Lock()
-        self._held = 0
+        self._counting, self._guard = threading.Lock(), threading.Lock()
+        self._held = self._coming = 0
         self._counted: float | None = None
 
     def take(self, length: int) -> bool:
-        """Whether there is room for a file of so many bytes, which counts from now on."""
+        """Whether there is room for a file of so many bytes, for which it is kept until `release`."""
+        with self._counting:
+            if self._counted is None or time.monotonic() - self._counted > RECOUNT:
+                held = _cleared(self._folder)
+                with self._guard:
+                    self._held, self._counted = held, time.monotonic()
         with self._guard:
-            now = time.monotonic()
-            if self._counted is None or now - self._counted > RECOUNT:
-                self._held, self._counted = _bytes_in(self._folder), now
-            if self._held + length > MOST or shutil.disk_usage(self._folder).free - length < SPARE:
+            wanted = self._coming + length
+            if self._held + wanted > MOST or shutil.disk_usage(self._folder).free - wanted < SPARE:
                 return False
-            self._held += length
+            self._coming = wanted
             return True
 
+    def release(self, length: int) -> None:
+        """The file is there, or will not come. Never waits for a look at the disk."""
+        with self._guard:
+            self._coming -= length
+            self._held += length  # until they are counted
 
-def _bytes_in(folder: Path) -> int:
-    total = 0
+
+def _cleared(folder: Path) -> int:
+    """The bytes in the folder once what is old is removed, of which Gradio forgets some."""
+    files: list[tuple[float, int, str]] = []
+    now = time.time()
     for where, _, names in os.walk(folder):
         for name in names:
+            path = os.path.join(where, name)
             with suppress(OSError):  # gone meanwhile
-                total += os.lstat(os.path.join(where, name)).st_size
+                found = os.lstat(path)
+                # Gradio copies the time of the last change, too, but not this one.
+                files.append((now - found.st_ctime, found.st_size, path))
+    total = sum(size for _, size, _ in files)
+    for age, size, path in sorted(files, reverse=True):
+        unfinished = os.path.dirname(path) == str(folder)
+        if age > (UNFINISHED if unfinished else SOON if total > MOST / 2 else LATE):
+            with suppress(OSError):
+                os.unlink(path)
+                total -= size
     return total
 
 
@@ -104,9 +128,9 @@ def picture(path: str, into: Path) -> Path:
         image.info = {}
         with save.atomic(target) as written:
             image.save(written, format="PNG", compress_level=1)
-    earlier = sorted(into.glob(f"{BEGIN}*.png"), key=lambda other: other.stat().st_mtime_ns, reverse=True)
-    for old in earlier[KEPT:]:
-        old.unlink(missing_ok=True)
+        earlier = sorted(into.glob(f"{BEGIN}*.png"), key=lambda other: other.stat().st_mtime_ns, reverse=True)
+        for old in earlier[KEPT:]:
+            old.unlink(missing_ok=True)
     return target
 
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 MAX_VISITORS, MAX_ENTRIES = 64, 40
 THUMBNAIL = 256  # pixels a side, at most
-# Of the entries, those whose block masks can be looked at: a long clip has hundreds of MB of them.
-WITH_MASKS = 4
+# Of the entries of all visitors, those whose block masks can be looked at: a long clip has hundreds of MB of them.
+WITH_MASKS = 8
 # Seconds after which a visitor who has left is forgotten. A phone that is locked for a while comes back as the same.
 AWAY = 1800.0
 #: Who asks without a browser.
@@ -36,6 +37,8 @@ LOCAL = "local"
 
 # By layer and guidance branch.
 Masks = dict[tuple[str, int], Any]
+# The entries with block masks, the oldest first: whose and the number. Who is forgotten leaves no masks behind.
+Masked = list[tuple["weakref.ref[Visitor]", int]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class Entry:
 
 class Visitor:
     """
+    Args:
+        masked: of all visitors.
+
     Attributes:
         name: of the session in the browser.
         folder: of this visitor alone.
@@ -67,8 +73,9 @@ class Visitor:
         comparison: the last one and its folder.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, masked: Masked | None = None) -> None:
         self.name, self.folder = name, folder
+        self._masked = masked if masked is not None else []
         self.entries: list[Entry] = []
         self.comparison: tuple[Comparison, Path] | None = None
         self._numbers = itertools.count(1)
@@ -108,10 +115,20 @@ class Visitor:
             old.file.unlink(missing_ok=True)
             old.thumbnail.unlink(missing_ok=True)
         del self.entries[:-MAX_ENTRIES]
-        for place, old in enumerate(self.entries[:-WITH_MASKS]):
-            report = _with_masks(old.result.report, lambda masks: {})
-            self.entries[place] = dataclasses.replace(old, result=dataclasses.replace(old.result, report=report))
+        if _has_masks(entry.result.report):
+            self._masked.append((weakref.ref(self), entry.number))
+        for one, number in self._masked[:-WITH_MASKS]:
+            if (visitor := one()) is not None:
+                visitor._forget_masks(number)
+        del self._masked[:-WITH_MASKS]
         return entry
+
+    def _forget_masks(self, number: int) -> None:
+        for place, entry in enumerate(self.entries):
+            if entry.number == number:
+                report = _with_masks(entry.result.report, lambda masks: {})
+                result = dataclasses.replace(entry.result, report=report)
+                self.entries[place] = dataclasses.replace(entry, result=result)
 
     def keep_compared(self, result: Result) -> Entry:
         """As `keep`, with a copy of the file: that of a comparison goes with it."""
@@ -133,6 +150,7 @@ class Visitors:
         self._folder, self._worker = folder, worker
         self._guard = threading.Lock()
         self._visitors: dict[str, Visitor] = {}  # the longest idle first
+        self._masked: Masked = []
         self._left: dict[str, float] = {}
 
     def of(self, request: Any) -> Visitor:
@@ -147,7 +165,8 @@ class Visitors:
             visitor = self._visitors.pop(name, None)
             if visitor is None:
                 self._make_room()
-                visitor = Visitor(name, Path(tempfile.mkdtemp(prefix="visitor-", dir=self._folder)))
+                folder = Path(tempfile.mkdtemp(prefix="visitor-", dir=self._folder))
+                visitor = Visitor(name, folder, self._masked)
             self._visitors[name] = visitor
             return visitor
 
@@ -165,13 +184,15 @@ class Visitors:
             self._make_room(for_new=0)
 
     def _make_room(self, for_new: int = 1) -> None:
-        """Forgets those who left long ago, and the longest idle beyond `MAX_VISITORS`."""
+        """Forgets those who left long ago, and of more than `MAX_VISITORS` first who has left, then who has made
+        nothing, then the longest idle."""
         now = time.monotonic()
         idle = [name for name in self._visitors if not self._worker.busy(name)]
         forgotten = [name for name in idle if now - self._left.get(name, now) > AWAY]
         surplus = len(self._visitors) - len(forgotten) + for_new - MAX_VISITORS
-        candidates = (name for name in idle if name not in forgotten)
-        forgotten += itertools.islice(candidates, max(0, surplus))
+        candidates = [name for name in idle if name not in forgotten]
+        candidates.sort(key=lambda name: (name not in self._left, bool(self._visitors[name].entries)))
+        forgotten += candidates[: max(0, surplus)]
         for name in forgotten:
             self._left.pop(name, None)
             shutil.rmtree(self._visitors.pop(name).folder, ignore_errors=True)
@@ -184,6 +205,10 @@ def _with_masks(report: Report | None, change: Callable[[Masks], Masks]) -> Repo
         return details and dataclasses.replace(details, masks=change(details.masks))
 
     return report and dataclasses.replace(report, details=tuple(map(changed, report.details)))
+
+
+def _has_masks(report: Report | None) -> bool:
+    return report is not None and any(details and details.masks for details in report.details)
 
 
 def _on_cpu(masks: Masks) -> Masks:

@@ -30,6 +30,7 @@ LINGER = 60.0
 # Seconds for which whoever has run something may want to run the like again.
 RECENT = 60.0
 NOTHING = "Nothing of yours is running."
+STOPPING = "It is being stopped already."
 BROKEN = "Something broke on the server ({}), which is no fault of yours; its log says where."
 
 T = TypeVar("T")
@@ -67,6 +68,7 @@ class Worker:
         self._device = threading.Lock()
         self._guard = threading.Lock()
         self._runs: list[_Run] = []
+        self._stopping: set[str] = set()
         self._latest: tuple[str, float] | None = None
         self._closed = False
 
@@ -153,11 +155,23 @@ class Worker:
             return any(run.visitor == visitor for run in self._runs)
 
     def stop(self, visitor: str) -> str:
-        """Stops what this visitor has running and waits for its end; says how far it came."""
+        """Stops what this visitor has running and waits for its end; says how far it came.
+
+        Whoever asks for the same meanwhile does not wait: Gradio has only so many threads, for everybody.
+        """
         mine = self.ask(visitor)
-        for run in mine:
-            run.thread.join()
-        return next((run.message for run in mine if not run.background), NOTHING)
+        wanted = [run for run in mine if not run.background]
+        with self._guard:
+            if visitor in self._stopping:
+                return STOPPING if wanted else NOTHING
+            self._stopping.add(visitor)
+        try:
+            for run in mine:
+                run.thread.join()
+        finally:
+            with self._guard:
+                self._stopping.remove(visitor)
+        return wanted[0].message if wanted else NOTHING
 
     def ask(self, visitor: str) -> list[_Run]:
         """Stops what this visitor has running, within a step, and does not wait for that."""
@@ -237,6 +251,8 @@ class _Run:
                 return Stopped(self.message)
             self._begun = time.monotonic()
             event = self._outcome(live)
+            if isinstance(event, Failed):
+                self.message = f"Not made: {event.message}"
             if not isinstance(event, Finished):
                 with suppress(RuntimeError):  # after some errors of the accelerator all that follows fails
                     _let_go()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,12 @@ from typing import Any
 import gradio as gr
 import pytest
 from attnswap.demo import app, endpoint
+from attnswap.demo.forms.job_form import ESTIMATES
 from attnswap.demo.site import Site
+from gradio.utils import get_type_hints
+
+PREPARING = {"prepare": "prepared_image", "prepare_video": "prepared_video", "prepare_compare": "prepared_compare"}
+STOPS = pytest.mark.parametrize("button", ["image-stop", "video-stop", "compare-stop"])
 
 
 @pytest.fixture
@@ -46,6 +52,15 @@ def test_gives_every_event_that_asks_the_server_a_name_of_its_own(config: dict[s
     assert not [name for name in names if re.search(r"_\d+$|lambda|named|call", name)]
 
 
+def test_tells_every_handler_that_asks_for_it_who_the_visitor_is(site: Site) -> None:
+    """Gradio leaves it out, without a word, where it cannot resolve an annotation."""
+    asking = [
+        fn.fn for fn in app.build(site).fns.values() if fn.fn and "request" in inspect.signature(fn.fn).parameters
+    ]
+    assert len(asking) > 10
+    assert [each.__qualname__ for each in asking if get_type_hints(each).get("request") is not gr.Request] == []
+
+
 def test_takes_the_device_for_one_event_at_a_time(site: Site) -> None:
     found = {fn.api_name: fn for fn in app.build(site).fns.values() if fn.concurrency_id == endpoint.DEVICE}
     assert {"image", "video", "compare"} == set(found)
@@ -53,13 +68,13 @@ def test_takes_the_device_for_one_event_at_a_time(site: Site) -> None:
 
 
 def test_lets_no_job_wait_behind_the_timing_of_a_model(site: Site) -> None:
-    found = [fn for fn in app.build(site).fns.values() if fn.api_name in ("prepare", "prepare_video")]
+    found = [fn for fn in app.build(site).fns.values() if fn.api_name in PREPARING]
     assert {(fn.concurrency_id, fn.concurrency_limit, fn.trigger_mode) for fn in found} == {
         (app.PREPARING, 1, "always_last")
     }
 
 
-@pytest.mark.parametrize("button", ["image-stop", "video-stop"])
+@STOPS
 def test_stop_cancels_everything_that_takes_the_device_and_waits_for_nothing(
     config: dict[str, Any], button: str
 ) -> None:
@@ -70,14 +85,23 @@ def test_stop_cancels_everything_that_takes_the_device_and_waits_for_nothing(
     assert not any(event["queue"] for event in of_button)
 
 
-@pytest.mark.parametrize("button", ["image-stop", "video-stop"])
+@STOPS
 def test_stop_is_told_on_every_page_where_something_was_running(config: dict[str, Any], button: str) -> None:
     ids = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
-    stops = [event for event in config["dependencies"] if button in [ids.get(number) for number, _ in event["targets"]]]
-    told = [event for event in config["dependencies"] if event["trigger_after"] in [stop["id"] for stop in stops]]
-    assert [{ids[number] for number in event["outputs"]} for event in told] == [
-        {"image-status", "video-status", "compare-status"}
-    ]
+    after = {event["id"] for event in config["dependencies"] if button in [ids.get(n) for n, _ in event["targets"]]}
+    told: list[set[str]] = []
+    while after:
+        following = [event for event in config["dependencies"] if event["trigger_after"] in after]
+        after = {event["id"] for event in following}
+        told += [{ids[number] for number in event["outputs"]} for event in following]
+    assert told[-1] == {"image-status", "video-status", "compare-status"}
+
+
+def test_no_estimate_is_made_past_the_limit_of_how_many_at_once(site: Site) -> None:
+    of_price = re.compile("estimate_|price_|prepared_|compare_runs")
+    found = [fn for fn in app.build(site).fns.values() if of_price.match(str(fn.api_name))]
+    assert {"estimate_image", "price_video", "prepared_compare_runs"} <= {fn.api_name for fn in found}
+    assert all(fn.queue and fn.concurrency_id == ESTIMATES and fn.concurrency_limit == 1 for fn in found)
 
 
 def test_the_look_needs_nothing_from_the_network() -> None:
@@ -105,6 +129,6 @@ def test_keeps_copies_of_files_for_as_long_as_a_page_may_show_them(site: Site) -
 
 def test_what_is_said_of_a_model_that_fails_stays_where_the_estimate_is(config: dict[str, Any]) -> None:
     by_name = {event["api_name"]: event for event in config["dependencies"]}
-    for name, after in (("prepare", "prepared_image"), ("prepare_video", "prepared_video")):
+    for name, after in PREPARING.items():
         assert by_name[after]["trigger_after"] == by_name[name]["id"]
         assert by_name[after]["trigger_only_on_success"]

@@ -12,6 +12,7 @@ import pytest
 from attnswap.demo.site import Site
 from attnswap.pipelines import save
 from attnswap.pipelines.session import Session
+from PIL import Image
 
 gradio_client = pytest.importorskip("gradio_client")
 
@@ -115,6 +116,18 @@ def test_what_a_client_made_can_be_restored_from_its_file(connect: Any) -> None:
     assert (settings["prompt"], settings["seed"], settings["steps"]) == ("an owl", 5, 2)
 
 
+def test_the_block_masks_of_a_run_can_be_had(connect: Any) -> None:
+    client = connect()
+    asked = {"steps": STEPS, "method": "adaspa", "adaspa_search_steps": "1"}
+    _, _, details = client.predict("a fox", **asked, api_name="/video")
+    picture, said = client.predict(details["entry"], 0, 0, "0", api_name="/mask")
+    with Image.open(picture) as image:
+        assert image.width > 1
+    assert said
+    with pytest.raises(gradio_client.exceptions.AppError, match="no mask of layer '99'"):
+        client.predict(details["entry"], 99, 0, "0", api_name="/mask")
+
+
 def test_of_eight_clients_at_once_each_gets_its_own_and_one_that_fails_takes_nobody_with_it(
     connect: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +177,3 @@ class TestFilesOfTheMachine:
     @pytest.mark.parametrize("path", ["/etc/passwd", f"{os.getcwd()}/pyproject.toml", "pyproject.toml"])
     def test_are_not_served(self, url: str, path: str) -> None:
         assert raw(url, path) in (403, 404)
-
-    def test_are_not_read_for_a_request(self, connect: Any) -> None:
-        with pytest.raises((gradio_client.exceptions.AppError, ValueError)):
-            connect().predict({"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}, api_name="/restore")

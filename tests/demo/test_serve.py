@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import httpx
 import pytest
 from attnswap.demo import serve
 from attnswap.demo.cost.pace import Pace
-from attnswap.demo.server import gate, uploads
+from attnswap.demo.server import gate, uploads, visitors
 from attnswap.demo.server.limits import Limits
 from attnswap.demo.server.shelf import Shelf
 from attnswap.demo.server.visitors import Visitors
@@ -23,6 +23,7 @@ from attnswap.demo.server.worker import Worker
 from attnswap.demo.site import Site
 from attnswap.pipelines.errors import BadInput, JobFailed
 from attnswap.pipelines.job import Job
+from gradio.state_holder import StateHolder
 from PIL import Image
 
 
@@ -171,6 +172,52 @@ def test_an_upload_that_there_is_no_room_for_is_refused(url: str, monkeypatch: p
     assert (answer.status_code, "no room" in answer.text) == (507, True)
 
 
+def test_room_is_kept_for_an_upload_that_is_under_way_and_free_again_when_it_breaks_off(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "MOST", 16 * 2**20)
+    monkeypatch.setattr(uploads, "RECOUNT", -1.0)
+
+    def upload() -> int:
+        return httpx.post(f"{url}gradio_api/upload", files={"files": bytes(2**20)}).status_code
+
+    assert upload() == 200
+    address = httpx.URL(url)
+    with socket.create_connection((address.host, address.port or 0)) as raw:
+        raw.sendall(
+            b"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: multipart/form-data; boundary=a\r\nContent-Length: %d\r\n\r\n" % (29 * 2**19)
+        )
+        until(lambda: upload() == 507)
+    until(lambda: upload() == 200)
+
+
+def test_gradio_remembers_no_more_pages_than_visitors_may_have(
+    module_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visitors, "MAX_VISITORS", 1)
+    apps: list[Any] = []
+    set_blocks = StateHolder.set_blocks
+
+    def watched(self: StateHolder, blocks: Any) -> None:
+        apps.append(self)
+        set_blocks(self, blocks)
+
+    monkeypatch.setattr(StateHolder, "set_blocks", watched)
+    with serve.running(module_site) as url:
+        for number in range(serve.SESSIONS + 3):
+            asked = {"data": [""], "session_hash": str(number)}
+            assert httpx.post(f"{url}gradio_api/run/stop", json=asked).status_code == 200
+        assert len(apps[-1].session_data) == serve.SESSIONS
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 class TestLongRequests:
     def test_a_form_that_is_none_is_refused(self, url: str) -> None:
         answer = httpx.post(f"{url}gradio_api/call/restore", content=b"x" * (4 * 2**20 + 1))
@@ -310,7 +357,7 @@ def test_eight_visitors_at_once_one_of_whom_asks_for_too_much(url: str) -> None:
     made: dict[int, Any] = {}
 
     def visit(number: int) -> None:
-        client = Client(url, verbose=False)
+        client = Client(url, verbose=False, httpx_kwargs={"timeout": 60})  # seconds; else 5 for each answer
         steps = 21 if number == 3 else 2
         try:
             picture, *_ = client.predict("a fox", image=None, seed=number, steps=steps, api_name="/image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -113,6 +114,16 @@ class TestLargeFiles:
         with (tmp_path / "a.safetensors").open("wb") as file:
             file.truncate(2**40)  # reading it all would take minutes
         assert fingerprints.fingerprint(tmp_path / "a.safetensors")
+
+    @pytest.mark.skipif(not Path("/proc/version").exists(), reason="files of Linux")
+    def test_one_of_the_system_that_says_it_is_empty_is_not_read_to_its_end(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Some have none."""
+        monkeypatch.setattr(fingerprints, "WHOLE", 8)
+        path = Path("/proc/version")
+        assert path.stat().st_size == 0
+        assert fingerprints.fingerprint(path) == hashlib.sha256(b"0\n" + path.read_bytes()[:8]).hexdigest()[:16]
 
     def test_a_file_that_has_changed_is_read_again(self, tmp_path: Path) -> None:
         path = tmp_path / "a.safetensors"

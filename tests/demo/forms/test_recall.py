@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from attnswap.demo.forms.job_form import JobForm
 from attnswap.demo.server.visitors import Visitor
 from attnswap.demo.site import Site
+from attnswap.pipelines import fingerprints
 from attnswap.pipelines.errors import BadInput
 from PIL import Image
 
@@ -132,6 +135,63 @@ def test_a_model_that_is_not_offered_is_said(form: JobForm, visitor: Visitor, si
     got = dict(zip(form.names, restored, strict=True))
     assert remarks[0] == "it was made with /home/somebody/model, which is not offered here: emoji-sd is set"
     assert (got["model"], got["steps"], got["method"]) == ("emoji-sd", 3, "linfusion")
+
+
+class TestAFileThatARecordNames:
+    """Anybody may write a record."""
+
+    @staticmethod
+    def record(form: JobForm, visitor: Visitor, site: Site, model: str, method: str, weights: Any) -> dict[str, Any]:
+        offer, job = form.job(values_of(form, model=model, method=method), visitor)
+        record = planned(site, offer, job).record
+        for methods in (record["methods"], record["asked"]["methods"]):
+            methods[method]["weights"] = weights
+        record["fingerprints"]["weights"] = {method: "0123456789abcdef"}
+        return record
+
+    @pytest.mark.parametrize(("model", "method"), [("emoji-sd", "linfusion"), ("emoji-flux", "clear")])
+    @pytest.mark.parametrize("form_of_it", [str, lambda path: [str(path)]], ids=["text", "list"])
+    def test_is_not_opened_and_nothing_tells_whether_it_is_there(
+        self,
+        form: JobForm,
+        visitor: Visitor,
+        site: Site,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        model: str,
+        method: str,
+        form_of_it: Callable[[Path], Any],
+    ) -> None:
+        path, said, opened = tmp_path / "secret.safetensors", [], []
+        record = self.record(form, visitor, site, model, method, form_of_it(path))
+
+        def watched(file: Any, *given: Any, **named: Any) -> Any:
+            opened.append(str(file))
+            return open(file, *given, **named)
+
+        monkeypatch.setattr(fingerprints, "open", watched, raising=False)
+        for there in (False, True):
+            if there:
+                path.write_bytes(b"secret")
+            restored, remarks = back(form, record)
+            said.append(remarks)
+            assert dict(zip(form.names, restored, strict=True))[f"{method}_weights"] == ""
+        assert said[0] == said[1]
+        assert any(line.startswith(f"{method}, weights: ") and line.endswith("is not offered") for line in said[0])
+        assert str(path) not in opened
+
+    def test_is_restored_and_compared_where_it_is_offered(
+        self, form: JobForm, visitor: Visitor, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "mine.safetensors"
+        path.write_bytes(b"weights")
+        monkeypatch.setattr(site.shelf, "weights", (str(path),))
+        record = self.record(form, visitor, site, "emoji-sd", "linfusion", str(path))
+        restored, remarks = back(form, record)
+        assert dict(zip(form.names, restored, strict=True))["linfusion_weights"] == str(path)
+        assert remarks == ["the weights of linfusion differ"]
+        record["fingerprints"]["weights"] = {"linfusion": fingerprints.fingerprint(path)}
+        assert back(form, record) == (restored, [])
 
 
 @pytest.mark.parametrize("record", [{}, {"prompt": 5}, {"asked": []}])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +92,24 @@ class TestPictures:
         with Image.open(picture(str(uploads / "a.png"), into)) as image:
             image.load()
             assert image.info == {}
+
+    def test_one_that_a_long_comparison_reads_stays_while_some_others_are_chosen(
+        self, uploads: Path, into: Path
+    ) -> None:
+        made = []
+        for side in range(8, 20):
+            drawn(side).save(uploads / "a.png")
+            made.append(picture(str(uploads / "a.png"), into))
+        assert all(path.exists() for path in made)
+
+    def test_several_can_be_chosen_at_once(self, uploads: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "KEPT", 1)
+        for number in range(24):
+            drawn(8 + number).save(uploads / f"{number}.png")
+        with ThreadPoolExecutor(8) as pool:
+            made = list(pool.map(lambda number: picture(str(uploads / f"{number}.png"), into), range(24)))
+        assert len(set(made)) == 24
+        assert len(list(into.iterdir())) == 1
 
     def test_the_same_picture_is_the_same_file_and_the_last_few_stay(
         self, uploads: Path, into: Path, monkeypatch: pytest.MonkeyPatch
@@ -252,9 +272,47 @@ class TestRoom:
         monkeypatch.setattr(module, "MOST", 1000)
         room = Room(uploads)
         assert room.take(1000)
+        room.release(1000)
         assert not room.take(1)
         monkeypatch.setattr(module, "RECOUNT", -1.0)
         assert room.take(1)
+
+    def test_is_kept_for_what_is_still_on_its_way(self, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "MOST", 1000)
+        monkeypatch.setattr(module, "RECOUNT", -1.0)
+        room = Room(uploads)
+        assert room.take(600)
+        assert not room.take(600)
+        room.release(600)
+        assert room.take(600)
+
+    def test_is_made_by_removing_what_is_old(self, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of each kind alone: what was never finished, and what was; Gradio forgets some of both."""
+        monkeypatch.setattr(module, "MOST", 1000)
+        (uploads / "a").mkdir()
+        finished, unfinished = uploads / "a" / "b.png", uploads / "tmp1"
+        for file in (finished, unfinished):
+            file.write_bytes(bytes(450))
+        assert not Room(uploads).take(500)
+        monkeypatch.setattr(module, "UNFINISHED", -1.0)
+        assert Room(uploads).take(500)
+        assert (finished.exists(), unfinished.exists()) == (True, False)
+        assert not Room(uploads).take(600)
+        monkeypatch.setattr(module, "LATE", -1.0)
+        assert Room(uploads).take(600)
+        assert not finished.exists()
+
+    def test_is_made_sooner_where_there_is_little(self, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The oldest go, and no more than need to."""
+        monkeypatch.setattr(module, "MOST", 1000)
+        monkeypatch.setattr(module, "SOON", -1.0)
+        (uploads / "a").mkdir()
+        files = [uploads / "a" / f"{number}.png" for number in range(3)]
+        for file in files:
+            file.write_bytes(bytes(300))
+            time.sleep(0.02)
+        assert Room(uploads).take(400)
+        assert [file.exists() for file in files] == [False, False, True]
 
     def test_is_none_where_the_disk_is_nearly_full(self, uploads: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=module.SPARE + 10))

@@ -132,21 +132,43 @@ def test_block_masks_are_kept_of_the_newest_alone_and_figures_of_all(
     """Nothing else holds on to the masks, nor to the pictures."""
     visitor = visitors.of(request_of("a"))
     held: list[weakref.ref[Any]] = []
-
-    def make() -> None:
-        result = result_of(visitor)
-        mask = BlockMask.from_dense(torch.ones(1, 2, 3, 4, dtype=torch.bool))
-        held.extend(weakref.ref(each) for each in (mask.bits, result.image))
-        details = Details({}, {}, ("recall 0.9",), {("layer", 0): mask})
-        visitor.keep(dataclasses.replace(result, report=Report(({"method": ["adaspa"]},), (None, details))))
-
     for _ in range(module.WITH_MASKS + 2):
-        make()
+        held += keep_with_mask(visitor)
+        visitor.keep(result_of(visitor))
     gc.collect()
     assert [ref() is not None for ref in held] == [False, False] * 2 + [True, False] * module.WITH_MASKS
-    reports = [entry.result.report for entry in visitor.entries]
+    reports = [entry.result.report for entry in visitor.entries if entry.result.report]
     assert [len(report.details[1].masks) for report in reports] == [0] * 2 + [1] * module.WITH_MASKS  # type: ignore[union-attr]
     assert {report.details[1].lines for report in reports} == {("recall 0.9",)}  # type: ignore[union-attr]
+
+
+def keep_with_mask(visitor: Visitor) -> list[weakref.ref[Any]]:
+    """The block mask and the picture of a new entry."""
+    result = result_of(visitor)
+    mask = BlockMask.from_dense(torch.ones(1, 2, 3, 4, dtype=torch.bool))
+    details = Details({}, {}, ("recall 0.9",), {("layer", 0): mask})
+    visitor.keep(dataclasses.replace(result, report=Report(({"method": ["adaspa"]},), (None, details))))
+    return [weakref.ref(each) for each in (mask.bits, result.image)]
+
+
+def test_all_visitors_together_have_no_more_block_masks_than_one(
+    visitors: Visitors, request_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WITH_MASKS", 2)
+    masks = [keep_with_mask(visitors.of(request_of(name)))[0] for name in "abc"]
+    gc.collect()
+    assert [ref() is not None for ref in masks] == [False, True, True]
+
+
+def test_who_is_forgotten_leaves_no_block_masks(
+    visitors: Visitors, request_of: Callable[[str], Any], clock: SimpleNamespace
+) -> None:
+    mask, _ = keep_with_mask(visitors.of(request_of("a")))
+    visitors.gone(request_of("a"))
+    clock.now += module.AWAY + 1
+    visitors.of(request_of("b"))
+    gc.collect()
+    assert mask() is None
 
 
 def test_what_was_compared_outlasts_its_comparison(visitors: Visitors, request_of: Callable[[str], Any]) -> None:
@@ -188,6 +210,20 @@ def test_of_too_many_visitors_the_longest_idle_goes(
     assert a.folder.exists()
     assert not b.folder.exists()
     assert visitors.of(request_of("a")) is a
+
+
+def test_before_anybody_else_goes_who_has_left_and_then_who_has_made_nothing(
+    visitors: Visitors, request_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_VISITORS", 3)
+    a, b, c = (visitors.of(request_of(name)) for name in "abc")
+    for visitor in (a, c):
+        visitor.keep(result_of(visitor))
+    visitors.gone(request_of("c"))
+    visitors.of(request_of("d"))
+    assert [each.folder.exists() for each in (a, b, c)] == [True, True, False]
+    visitors.of(request_of("e"))
+    assert [each.folder.exists() for each in (a, b)] == [True, False]
 
 
 def test_nobody_goes_who_has_something_running(

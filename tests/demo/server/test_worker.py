@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,44 @@ def test_stop_ends_the_run_within_a_step_and_says_how_far_it_came(worker: Worker
     assert not worker.busy("a")
     thread.join()
     assert events[-1] == Stopped(said)
+
+
+def test_only_the_first_who_asks_to_stop_a_long_step_waits_for_its_end(worker: Worker) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def work(live: Live) -> None:
+        live.expect([STAGE])
+        live.begin(STAGE)
+        begun.set()
+        release.wait(PATIENCE)
+        live.reach(STAGE, 1)
+
+    thread, _ = in_thread(worker, "a", work)
+    assert begun.wait(PATIENCE)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(worker.stop, "a") for _ in range(4)]
+        until(lambda: sum(each.done() for each in asked) == 3)
+        assert {each.result() for each in asked if each.done()} == {"It is being stopped already."}
+        release.set()
+        assert "Stopped after step 1 of 100." in {each.result() for each in asked}
+    thread.join()
+    assert worker.stop("a") == "Nothing of yours is running."
+
+
+def test_a_run_that_fails_as_it_is_stopped_says_why(worker: Worker) -> None:
+    begun = threading.Event()
+
+    def work(live: Live) -> None:
+        begun.set()
+        until(live._stopped)
+        raise JobFailed("out of memory while decoding")
+
+    thread, events = in_thread(worker, "a", work)
+    assert begun.wait(PATIENCE)
+    said = worker.stop("a")
+    thread.join()
+    assert isinstance(events[-1], Failed)
+    assert said == "Not made: out of memory while decoding"
 
 
 def test_stop_is_for_what_is_ones_own(worker: Worker) -> None:
