@@ -88,7 +88,7 @@ def of_comparison(site: Site, offer: Offer, job: Job, methods: Iterable[dict[str
         few = site.shelf.device.type == "cpu" and not job.compile
         warm_up = min(1.0, WARM_UP_STEPS / min(stage.steps for stage in run.task.stages)) if few else 1.0
         total += (1 + warm_up) * run.seconds
-    return f"That is of one dense run; roughly {_rounded(total)} for all runs and the warm-up of each."
+    return f"That is for dense attention alone; roughly {_rounded(total)} for all runs, each with its warm-up."
 
 
 def prepare(site: Site, offer: Offer, live: Live) -> None:
@@ -148,10 +148,10 @@ def _compared(call: Call, offer: Offer, native: Call, size: tuple[int, int, int 
         return "the native size"
     ratio = call.tokens / native.tokens
     if ratio < 1:
-        return f"{percent(ratio)} of those of the native size"
+        return f"{percent(ratio)} of those at the native size"
     if ratio == 1:
         return "as many as at the native size"
-    return f"{f'{ratio:.2g}' if ratio < 10 else f'{ratio:,.0f}'} times those of the native size"
+    return f"{f'{ratio:.2g}' if ratio < 10 else f'{ratio:,.0f}'} times as many as at the native size"
 
 
 def _time(predicted: Prediction | None) -> str:
@@ -178,4 +178,5 @@ def _method(job: Job, task: Task, call: Call) -> str:
     who, several = f"{AUTO} chooses {names}, which" if by_auto else names, len(task.job.methods) > 1
     if call.share > 0.995:
         return f"{who} {'have' if several else 'has'} nothing to do at this size."
-    return f"{who} {'leave' if several else 'leaves'} {percent(call.share)} of dense attention's work."
+    # Of all layers, the dense ones too; what is said of a run is of those that a method has replaced.
+    return f"{who} {'leave' if several else 'leaves'} {percent(call.share)} of the self-attention in the whole model."

@@ -123,7 +123,7 @@ class Pace:
         model = task.job.model
         with self._lock:
             if runs := self._runs.get(_whole(task)):
-                return Prediction(statistics.median_low(runs), "as the last run of this kind")
+                return Prediction(statistics.median_low(runs), "like the last such run")
             known = {kind: statistics.median_low(found) for kind, found in self._steps.items() if kind.model == model}
             beside = {
                 float(pixels): statistics.median_low(found)
@@ -158,7 +158,7 @@ class Pace:
         if near.methods != kind.methods:
             other = f" with {' + '.join(config.name for config in near.configs) or 'dense attention'}"
         seconds = known[near] * calls / works[near][0] * growth
-        return Prediction(seconds, f"from steps{other} at {near}", rough=near != kind)
+        return Prediction(seconds, f"from earlier steps{other} at {near}", rough=near != kind)
 
     def _work(self, offer: Offer, kind: Kind) -> tuple[int, float]:
         """Calls one after the other in a step, and operations of each; tokens, for all of a model, where those cannot

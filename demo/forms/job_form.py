@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,16 @@ from gradio.context import Context
 from ...pipelines import task
 from ...pipelines.errors import BadInput
 from ...pipelines.routes.plan import DESCRIBED
-from ..cost.estimate import estimate
+from ..cost import estimate
 from ..endpoint import SAID, message, named
+from ..server.worker import Failed
 from . import asked, reading, recall, sizes, takes
 from .method_form import MethodForm, refused
 from .reading import label
 
 if TYPE_CHECKING:
     from ...pipelines.job import Job
+    from ..server.live import Live
     from ..server.shelf import Offer
     from ..server.visitors import Visitor
     from ..site import Site
@@ -318,7 +321,7 @@ class JobForm:
     def _for_size(self, model: Any, width: Any, height: Any) -> Any:
         """Updates of `size` and of the method's controls; where there are none, no list, which would be a value."""
         offer = self._offer(model)
-        width, height = (int(side) if isinstance(side, int | float) and side > 0 else None for side in (width, height))
+        width, height = sizes.given(width, height)
         update = gr.update(**sizes.choice(offer, self._largest, width, height))
         return [update, *self.method.for_size(offer, width, height)] if self.method else update
 
@@ -329,9 +332,48 @@ class JobForm:
         """Markdown: what it would cost, as it is chosen, or why it cannot be made."""
         try:
             offer, job = self.job(values, self.site.visitors.of(request))
-            return estimate(self.site, offer, job).text
+            return estimate.estimate(self.site, offer, job).text
         except SAID as error:
             return reading.plain(reading.in_words(str(error)))
+
+    def prepare(self, request: gr.Request, *values: Any) -> Iterator[str]:
+        """Loads the model that is chosen and learns how fast it is, so that the price is known; says it."""
+        visitor = self.site.visitors.of(request)
+        try:
+            offer = self.site.shelf.offer(values[self.names.index("model")])
+        except BadInput:
+            yield self.price(request, *values)
+            return
+
+        def work(live: Live) -> None:
+            # Who has run something wants the like again; nobody's model is to go because of a page that is opened.
+            if self.site.shelf.is_free_for(offer) or not self.site.worker.is_for_another(visitor.name):
+                estimate.prepare(self.site, offer, live)
+
+        with closing(self.site.worker.run(visitor.name, work, background=True)) as events:
+            for event in events:
+                if isinstance(event, Failed):
+                    yield reading.plain(why := reading.in_words(event.message))
+                    raise message(why)  # so that no estimate takes its place
+        yield self.price(request, *values)
+
+    def price_after(self, event: Any, name: str) -> None:
+        """Has the estimate made again after an event that went well.
+
+        Args:
+            name: of the endpoint.
+        """
+        event.success(
+            named(self.price, self.names),
+            self.inputs,
+            [self.estimate],
+            preprocess=False,
+            concurrency_id=ESTIMATES,
+            concurrency_limit=1,
+            show_progress="hidden",
+            api_name=name,
+            api_visibility="undocumented",
+        )
 
     def _offer(self, model: Any) -> Offer:
         try:

@@ -26,7 +26,7 @@ LABELS = {
     "true-cfg": "True guidance",
     "seed": "Seed",
     "frames": "Frames",
-    "fps": "Frames a second",
+    "fps": "Frames per second",
     "window": "Window",
     "overlap": "Overlap",
     "image": "Picture",

@@ -41,10 +41,16 @@ def choice(offer: Offer, largest: int, width: int | None, height: int | None) ->
     wide, high = width or native.width, height or native.height
     now = NATIVE if (wide, high) == (native.width, native.height) else f"{wide}x{high}"
     chosen = now if now in [value for _, value in choices] else OWN
-    return {"visible": True, "choices": [*choices, ("own width and height", OWN)], "value": chosen}
+    return {"visible": True, "choices": [*choices, ("other width and height", OWN)], "value": chosen}
+
+
+def given(width: Any, height: Any) -> tuple[int | None, int | None]:
+    """Of what the page sends of the two: those that are sizes."""
+    wide, high = (int(side) if isinstance(side, int | float) and side > 0 else None for side in (width, height))
+    return wide, high
 
 
 def left_out(offer: Offer, largest: int) -> dict[str, Any]:
     """Of the line that says so where some are beyond the limit."""
     some = offer.native.width is not None and len(presets(offer, largest)) < len(FACTORS)
-    return {"value": f"Larger ones are beyond this server's {largest} pixels a side.", "visible": some}
+    return {"value": f"This server allows at most {largest} pixels a side.", "visible": some}

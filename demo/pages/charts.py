@@ -31,8 +31,8 @@ class Figure:
     Attributes:
         axis: its title, with the unit.
         value: of a variant, in that unit; None where there is none.
-        shown: the same for people.
-        whole: where the axis ends; None: above the highest bar.
+        shown: the same below a bar, where there is no room for the unit.
+        whole: where the axis ends at least; None: above the highest bar.
     """
 
     name: str
@@ -43,21 +43,27 @@ class Figure:
     whole: float | None = None
 
 
-def _density(variant: Variant, summary: Summary) -> float | None:
-    """Dense attention computes all."""
+def density(variant: Variant, summary: Summary) -> float | None:
+    """That of dense attention, too, which computes all."""
     return 1.0 if variant == DENSE and summary.made else summary.density
 
 
 FIGURES = (
-    Figure("time", "Time", "seconds", lambda _, summary: summary.seconds, text.seconds),
+    Figure(
+        "time",
+        "Time",
+        "seconds",
+        lambda _, summary: summary.seconds,
+        lambda value: text.seconds(value).removesuffix(" s"),
+    ),
     Figure(
         "memory",
         "Peak memory",
         "MiB",
         lambda _, summary: summary.peak_bytes and summary.peak_bytes / 2**20,
-        lambda value: text.memory(round(value * 2**20)),
+        lambda value: f"{value:.0f}",
     ),
-    Figure("density", "Attention density", "share of all query-key pairs", _density, text.share, whole=1.0),
+    Figure("density", "Attention density", "share of dense attention", density, text.share, whole=1.0),
 )
 
 
@@ -83,7 +89,7 @@ class Charts:
                     colors_in_legend=[],
                     tooltip="all",
                     height=HEIGHT,
-                    min_width=200,
+                    min_width=160,  # three fit beside a form
                     show_label=False,
                     elem_id=f"{elem}-{figure.name}",
                 )
@@ -116,9 +122,10 @@ def colours(comparison: Comparison) -> dict[str, str]:
 def plot(comparison: Comparison, figure: Figure) -> Any:
     """An update of a chart."""
     bars = table(comparison, figure)
-    highest = bars["value"].max()
-    top = figure.whole or (float(highest) * HEADROOM if highest > 0 else None)
-    return gr.BarPlot(bars, sort=list(bars["figure"]), color_map=colours(comparison), y_lim=[0, top])
+    highest = float(bars["value"].fillna(0).max())
+    # Linear attention over few tokens is more than the whole.
+    top = max(figure.whole, highest) if figure.whole else highest * HEADROOM
+    return gr.BarPlot(bars, sort=list(bars["figure"]), color_map=colours(comparison), y_lim=[0, top or None])
 
 
 def table(comparison: Comparison, figure: Figure) -> pd.DataFrame:

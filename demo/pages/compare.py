@@ -12,38 +12,33 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ...pipelines import settings
-from ...pipelines.compare import files, metrics
+from ...pipelines.compare import metrics
 from ...pipelines.compare.run import compare
 from ...pipelines.compare.variants import DENSE, Variant
 from ...pipelines.errors import BadInput
 from .. import endpoint
 from ..cost.estimate import of_comparison
-from ..forms import method_form, reading
+from ..forms import method_form, reading, sizes
 from ..forms.job_form import ESTIMATES, JobForm
 from ..forms.method_form import MethodForm
 from ..server import log
 from ..server.live import without_folders
 from ..server.worker import NOTHING, Failed, Finished, Progress, Stopped
-from . import sides, verdict, words
-from .charts import Charts
-from .make import SHOW, STATUS, TAKEN_OUT, WAITING, is_running, tell_of_stopping
+from . import sides, words
+from .compared import WELCOME, Compared
+from .make import NOT_TAKEN, SHOW, TAKEN_OUT, WAITING, is_running, tell_of_stopping
 
 if TYPE_CHECKING:
     from ...pipelines.compare.figures import Comparison
     from ...pipelines.job import Job
     from ...pipelines.routes import Stage
+    from ...pipelines.session import Result
     from ..server.live import Live
     from ..server.shelf import Offer
     from ..server.visitors import Visitor
     from ..site import Site
 
 SECOND = "second_"
-# Pixels.
-HIGHEST = 512
-WELCOME = (
-    "The same prompt and seed, once with dense attention, which is the model as it is, and once with each method. "
-    "What they look like, and what they cost, will be here."
-)
 NOTHING_DONE = "Nothing was finished, so there is nothing to compare."
 BEGIN = f"""() => {{
   {SHOW}
@@ -91,7 +86,11 @@ class ComparePage:
         form: what is asked for, but for the methods.
         first, second: the methods.
         inputs, names, outputs: of the endpoint /compare.
+        stop, status: the button, and where its effect is told.
+        made: the event that Stop cancels.
     """
+
+    kind = "compare"
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -108,83 +107,23 @@ class ComparePage:
                         self.go = gr.Button("Compare", variant="primary", min_width=120, elem_id="compare-go")
                         self.stop = gr.Button("Stop", min_width=120, elem_id="compare-stop")
             with gr.Column(min_width=320, elem_classes="result"):
-                self._build_results()
+                self.compared = Compared(self.kind)
+        self.status, self.outputs = self.compared.status, self.compared.outputs
         self.inputs = [*self.form.inputs, *self.first.inputs, *self.second.inputs]
         self.names = [*self.form.names, *self.first.names, *self.second.names]
 
-    def _build_results(self) -> None:
-        self.status = gr.HTML(
-            WELCOME,
-            html_template=STATUS,
-            preview=None,
-            stopping=False,
-            label="Status",
-            elem_id="compare-status",
-            elem_classes="status",
-        )
-        with gr.Column(visible=False, elem_id="compare-result") as self._result:
-            self._problems = gr.HTML(elem_id="compare-problems", padding=False)
-            self._opposite = gr.Radio([], label="On the right", elem_id="compare-opposite")
-            self._caption = gr.Markdown(elem_id="compare-caption")
-            self._slider = gr.ImageSlider(
-                label="Dense attention and a method",
-                show_label=False,
-                max_height=HIGHEST,
-                interactive=False,
-                buttons=["fullscreen"],
-                elem_id="compare-slider",
-            )
-            self._clip = gr.Video(
-                label="All clips side by side",
-                show_label=False,
-                autoplay=True,
-                loop=True,
-                interactive=False,
-                buttons=[],
-                elem_id="compare-clip",
-            )
-            self._charts = Charts("compare")
-            self._table = gr.Dataframe(
-                label="Figures", interactive=False, pinned_columns=1, buttons=["copy"], elem_id="compare-table"
-            )
-            self._remarks = gr.HTML(elem_id="compare-remarks", padding=False)
-            with gr.Row():
-                self._page = gr.DownloadButton("Download the page with sliders", elem_id="compare-download", size="md")
-                self._sheet = gr.DownloadButton("Download all pictures", elem_id="compare-sheet", size="md")
-            with gr.Accordion("Everything that was measured, and the settings", open=False, elem_id="compare-details"):
-                self._details = gr.JSON(label="Details", show_label=False, elem_id="compare-json")
-        self.outputs: list[Any] = [
-            self.status,
-            self._details,
-            self._slider,
-            self._clip,
-            self._page,
-            self._sheet,
-            self._caption,
-            self._opposite,
-            *self._charts.outputs,
-            self._table,
-            self._problems,
-            self._remarks,
-            self._result,
-        ]
-
-    def wire(self) -> Any:
-        """Its events; returns that of a comparison being made, for what else is to end it."""
+    def wire(self) -> None:
+        """Its events, but for Stop, which is one for all pages."""
         self.form.wire()
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
         sized = [self.form.controls[name] for name in ("model", "width", "height")]
         methods = [*self.first.inputs, *self.second.inputs]
-        changes = [control.change for control in sized]  # type: ignore[attr-defined]
-        gr.on(
-            changes,
-            self.for_model,
-            [*sized, *methods],
-            [*methods, self.first.why_not],
-            preprocess=False,
-            api_name="compare_methods",
-            **quick,
-        )
+        raw: dict[str, Any] = {**quick, "preprocess": False}
+        model, *sides_of_it = sized
+        updated = [*methods, self.first.why_not]
+        model.change(self.for_model, [*sized, *methods], updated, **raw, api_name="compare_methods")  # type: ignore[attr-defined]
+        resized = [side.change for side in sides_of_it]  # type: ignore[attr-defined]
+        gr.on(resized, self.for_size, sized, methods, **raw, api_name="compare_methods_sized")
         texts = [self.form.controls["prompt"], self.form.controls["negative"]]
         gr.on(
             [control.change for control in self.inputs if control not in texts],  # type: ignore[attr-defined]
@@ -218,33 +157,50 @@ class ComparePage:
         # As soon as it is as high as what it has.
         shown = f"() => {{ setTimeout(() => {{ {SHOW} }}, 500); }}"
         made.success(None, None, None, js=shown, api_visibility="private")
-        tell_of_stopping(self.stop, self.status, "compare")
-        self.stop.click(
-            endpoint.named(self.rest, ["status"]),
-            [self.status],
-            self.outputs,
-            cancels=[made],
-            api_name="stop_compare",
-            **quick,
+        made.failure(None, self.status, self.status, js=NOT_TAKEN, api_visibility="private")
+        self.price_after(made, "price_compare")
+        tell_of_stopping(self.stop, self.status, self.kind)
+        self.made = made
+        right, whole = self.compared.opposite, self.compared.whole
+        pair = [self.compared.slider, self.compared.caption, whole]
+        right.input(self.opposite, right, pair, **quick, api_name="compare_opposite")
+        whole.input(self.whole, whole, self.compared.slider, **quick, api_name="compare_whole")
+
+    def price_after(self, event: Any, name: str) -> None:
+        """As that of the form, and of all runs."""
+        self.form.price_after(event, name)
+        event.success(
+            endpoint.named(self.price, self.names),
+            self.inputs,
+            self.runs,
+            preprocess=False,
+            concurrency_id=ESTIMATES,
+            concurrency_limit=1,
+            show_progress="hidden",
+            api_name=f"{name}_runs",
+            api_visibility="undocumented",
         )
-        self._opposite.input(
-            self.opposite, self._opposite, [self._slider, self._caption], **quick, api_name="compare_opposite"
-        )
-        return made
 
     def for_model(self, model: Any, width: Any, height: Any, *methods: Any) -> list[dict[str, Any]]:
         """Updates of both methods for a model and size, and of what is said of those that it cannot have."""
-        try:
-            offer = self.site.shelf.offer(model)
-        except BadInput as error:
-            raise endpoint.message(str(error)) from error
-        wide, high = (int(side) if isinstance(side, int | float) and side > 0 else None for side in (width, height))
-        count = len(self.first.inputs)
+        offer, count = self._offer(model), len(self.first.inputs)
+        size = sizes.given(width, height)
         return [
-            *self.first.for_offer(offer, wide, high, methods[:count]),
-            *self.second.for_offer(offer, wide, high, methods[count:]),
+            *self.first.for_offer(offer, *size, methods[:count]),
+            *self.second.for_offer(offer, *size, methods[count:]),
             gr.update(value=method_form.refused(offer)),
         ]
+
+    def for_size(self, model: Any, width: Any, height: Any) -> list[dict[str, Any]]:
+        """Updates of both methods for another size; what is chosen, maybe just now, is not touched."""
+        offer, size = self._offer(model), sizes.given(width, height)
+        return [*self.first.for_size(offer, *size), *self.second.for_size(offer, *size)]
+
+    def _offer(self, model: Any) -> Offer:
+        try:
+            return self.site.shelf.offer(model)
+        except BadInput as error:
+            raise endpoint.message(str(error)) from error
 
     def compare(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """How far it is, then what came of it."""
@@ -256,18 +212,18 @@ class ComparePage:
             yield from self._failed(without_folders(str(error)))
             return
         visitor.comparison = None
-        yield self._said(f"0 %: {words.preparing(offer)}", begins=True)
+        yield self.compared.say(f"0 %: {words.preparing(offer)}", begins=True)
         with closing(
             self.site.worker.run(visitor.name, lambda live: self._work(live, visitor, offer, job, variants))
         ) as events:
             for event in events:
                 match event:
                     case Progress():
-                        yield self._said(f"{100 * event.share:.0f} %: {event.text}")
+                        yield self.compared.say(f"{100 * event.share:.0f} %: {event.text}")
                     case Finished((found, folder, stopped)):
-                        yield self._shown(found, folder, stopped)
+                        yield self.compared.show(found, folder, stopped)
                     case Stopped(message):
-                        yield self._said(f"{message} {NOTHING_DONE}")
+                        yield self.compared.say(f"{message} {NOTHING_DONE}")
                     case Failed(message):
                         yield from self._failed(message)
 
@@ -278,22 +234,38 @@ class ComparePage:
             status: that was shown.
         """
         visitor = self.site.visitors.of(request)
-        said = self.site.worker.stop(visitor.name)
+        said = reading.in_words(self.site.worker.stop(visitor.name))
         if status == WAITING:
             said = TAKEN_OUT
         elif is_running(status) and visitor.comparison is not None:
             # That may have been done before it could be stopped; either way its page no longer hears of its end.
-            return self._shown(*visitor.comparison, said)
+            return self.compared.show(*visitor.comparison, said)
         elif said == NOTHING and status not in ("", WELCOME) and not is_running(status):
             said = status
         return (said, *[gr.skip() for _ in self.outputs[1:]])
 
-    def opposite(self, request: gr.Request, name: str) -> tuple[Any, Any]:
+    def leave(self, request: gr.Request, status: str, said: str) -> tuple[Any, ...]:
+        """Shows what was finished of a comparison that was stopped on another page.
+
+        Args:
+            status: that was shown here.
+            said: there, of what was stopped.
+        """
+        visitor = self.site.visitors.of(request)
+        if is_running(status) and visitor.comparison is not None:
+            return self.compared.show(*visitor.comparison, said)
+        return tuple(gr.skip() for _ in self.outputs)
+
+    def opposite(self, request: gr.Request, name: str) -> tuple[Any, Any, Any]:
         """Another method on the right."""
         visitor = self.site.visitors.of(request)
         if visitor.comparison is None:
-            return gr.skip(), gr.skip()
-        return sides.pictures(*visitor.comparison, name)
+            return gr.skip(), gr.skip(), gr.skip()
+        return *sides.pictures(*visitor.comparison, name), sides.BOTH
+
+    def whole(self, shown: str) -> Any:
+        """One side alone, or both."""
+        return gr.ImageSlider(slider_position=sides.POSITIONS.get(shown, sides.POSITIONS[sides.BOTH]))
 
     def price(self, request: gr.Request, *values: Any) -> str:
         """How long all runs take together, where that is known, or how many there are."""
@@ -327,6 +299,11 @@ class ComparePage:
         self.site.limits.check(planned)
         live.what = log.described(planned, [DENSE.name, *(variant.name for variant in variants)])
         folder = visitor.new_folder()
+
+        def made(result: Result) -> None:
+            self.site.pace.learn(session.plan(result.job), live, result.seconds)
+            visitor.keep_compared(result)
+
         with TemporaryDirectory(dir=self.site.folder) as work:
             found = compare(
                 job,
@@ -338,7 +315,7 @@ class ComparePage:
                 session=session,
                 watch=lambda runs, stages: Runs(live, runs, stages),
                 work=Path(work),
-                made=visitor.keep_compared,
+                made=made,
             )
             if found.frames:
                 for outcome in found.outcomes.values():
@@ -348,47 +325,16 @@ class ComparePage:
         visitor.comparison = found, folder
         return found, folder, live.message
 
-    def _shown(self, found: Comparison, folder: Path, stopped: str) -> tuple[Any, ...]:
-        """Values of all outputs; `stopped` is said of one that was."""
-        others = [variant.name for variant in found.variants[1:]]
-        made = [variant.name for variant in found.variants[1:] if found.summary(variant).made]
-        right = (made or others)[0]
-        slider, caption = sides.pictures(found, folder, right)
-        clip = folder / f"{files.STITCHED}.mp4"
-        said = [verdict.stopped(found, stopped)] if found.interrupted else verdict.sentences(found)
-        problems = verdict.problems(found)
-        return (
-            gr.HTML("\n".join(said), preview=None),
-            found.to_dict(),
-            slider,
-            gr.Video(str(clip) if clip.exists() else None, visible=clip.exists()),
-            str(folder / files.PAGE),
-            str(folder / files.SHEET),
-            caption,
-            gr.Radio(others, value=right, visible=len(others) > 1),
-            *self._charts.of(found),
-            verdict.table(found),
-            gr.HTML(verdict.paragraphs(problems), visible=bool(problems)),
-            verdict.paragraphs(verdict.remarks(found), small=True),
-            gr.Column(visible=True),
-        )
-
-    def _said(self, text: str, begins: bool = False) -> tuple[Any, ...]:
-        """Values of all outputs while there is nothing to show."""
-        stopping: dict[str, Any] = {"stopping": False} if begins else {}
-        status = gr.HTML(text, preview=None, **stopping)
-        return (status, *[gr.skip() for _ in self.outputs[2:]], gr.Column(visible=False))
-
     def _failed(self, message: str) -> Iterator[tuple[Any, ...]]:
         message = reading.in_words(message)
-        yield self._said(f"Not compared: {message}")
+        yield self.compared.say(f"Not compared: {message}")
         raise endpoint.message(message)
 
 
 def runs(second: str | None) -> str:
     """What the estimate is of, and how often something like it is done."""
     number = "three" if second and second != method_form.NONE else "two"
-    return f"That is of one dense run. There will be {number} runs, after a warm-up of each."
+    return f"That is for dense attention alone. There will be {number} runs, each with its warm-up."
 
 
 def name_of(methods: dict[str, dict[str, Any]]) -> str:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from ..site import Site
 
 NOTHING = (
-    "Nothing made yet in this visit. What you make on Image and Video will be here, and a click on it will bring its "
-    "settings back."
+    "Nothing made yet in this visit. What you make on Image, Video and Compare will be here, and a click on it will "
+    "bring its settings back."
 )
-CLICK = "Made in this visit, the newest first. Click one to have all its settings back on the page that made it."
+CLICK = "Made in this visit, the newest first. Click one to have its settings back on the Image or Video page."
 # Of a prompt, below a thumbnail.
 PROMPT = 60
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...accel.report_pictures import Masked
 from ...pipelines.compare.text import count, percent, share
 from ..server.live import without_folders
 from . import words
@@ -13,10 +12,13 @@ from .inside_pictures import PARTS, Phases, counted, in_words
 
 if TYPE_CHECKING:
     from ...accel.report import Report
+    from ...accel.report_pictures import Masked
     from ...pipelines.session import Result
     from ..server.shelf import Offer
 
 HEADERS = ("Layer", "Name", "Attention", "Calls", "Density", "Computed by", "Why")
+#: Where a search made block masks that are not there any more.
+MASKS_GONE = "Block masks are kept of the latest results only."
 #: Says that a report counts what never ran on a kernel of its own.
 NONE = "–"
 
@@ -51,6 +53,8 @@ def _figures(report: Report) -> list[str]:
         lines.append(f"Computed by: {', '.join(backends)}{' (plain PyTorch)' if backends == ['eager'] else ''}.")
     if report.searches:
         lines.append(f"{report.searches} times a layer searched for the blocks that matter most.")
+    if masks_are_gone(report):
+        lines.append(MASKS_GONE)
     told = [line for details in report.details if details is not None for line in details.lines]
     return lines + [f"{line[:1].upper()}{line[1:]}." for line in told]
 
@@ -82,7 +86,8 @@ def of_phases(phases: Sequence[Phases]) -> str:
             lines.append(f"{run}: {each.state}, so the U-Net was left as it is.")
         else:
             lines.append(f"{run}: {_steps(each, each.steps)}")
-    return "\n".join(f"- {words.plain(line)}" for line in lines)
+    bullet = "- " if len(lines) > 1 else ""
+    return "\n".join(f"{bullet}{words.plain(line)}" for line in lines)
 
 
 def _steps(phases: Phases, of: int) -> str:
@@ -147,6 +152,13 @@ def table(report: Report) -> list[list[str]]:
 def has_heads(report: Report) -> bool:
     """Whether a method tells density and recall of every head."""
     return any("branches" in layer for denoiser in report.denoisers for layer in denoiser["layers"])
+
+
+def masks_are_gone(report: Report) -> bool:
+    """Whether searches made block masks of which only the figures are left."""
+    layers = [layer for denoiser in report.denoisers for layer in denoiser["layers"]]
+    made = any(branch["density"] is not None for layer in layers for branch in layer.get("branches", ()))
+    return made and not any(details.masks for details in report.details if details is not None)
 
 
 def _why(layer: dict[str, Any], denoiser: dict[str, Any]) -> str:

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from ...pipelines.errors import BadInput
 from ...pipelines.preview import Preview
 from ...pipelines.stages import StageFolder
 from .. import endpoint
-from ..cost import estimate
 from ..forms import reading
 from ..forms.job_form import JobForm
 from ..server import log
@@ -39,6 +37,9 @@ WAITING = "Waiting for its turn …"
 TAKEN_OUT = "Stopped: it was taken out of the queue."
 # Of a status in a browser: whether something is running, or waits.
 RUNNING = f"/^([0-9]+ %|{WAITING})/"
+# Where nothing was said of a job that failed, it never came to the server, or could not be begun there.
+NOT_TAKEN = f"""(status) => status === "{WAITING}"
+  ? "Not made: the server could not take it now. Try again." : status"""
 # The text is escaped. That of a run begins with its share in percent, of which the bar is drawn; what has come about
 # so far is shown meanwhile, and stays where the run is stopped.
 STATUS = """
@@ -56,7 +57,7 @@ SHOW = """for (const shown of document.querySelectorAll(".page > .result")) {
 # What stays where Stop is pressed and nothing runs.
 ENDED = ("Done ", "Stopped", "Not ")
 # Of a job whose end and the click on Stop have passed each other on the way.
-OVER = "It had ended before it could be stopped. What it made is in History."
+OVER = "It had ended before it could be stopped. What it made, if anything, is in History."
 # A click while something runs changes nothing but that.
 BEGIN = f"""(status, words) => {{
   {SHOW}
@@ -96,7 +97,9 @@ class MakePage:
                 self.result = (
                     gr.Video(autoplay=True, loop=True, buttons=[], **shared)
                     if clips
-                    else gr.Image(type="filepath", buttons=["fullscreen"], **shared)
+                    else gr.Image(
+                        type="filepath", buttons=["fullscreen"], alt_text="The picture that was made", **shared
+                    )
                 )
                 self.status = gr.HTML(
                     f"The {what} will be here.",
@@ -142,18 +145,14 @@ class MakePage:
             queue=False,
             show_progress="hidden",
         )
-        made.success(
-            endpoint.named(self.form.price, self.form.names),
-            self.form.inputs,
-            [self.form.estimate],
-            preprocess=False,
-            api_name=f"price_{self.kind}",
-            api_visibility="undocumented",
-            queue=False,
-            show_progress="hidden",
-        )
+        self.form.price_after(made, f"price_{self.kind}")
+        made.failure(None, self.status, self.status, js=NOT_TAKEN, api_visibility="private")
         tell_of_stopping(self.stop, self.status, self.kind)
         self.made = made
+
+    def price_after(self, event: Any, name: str) -> None:
+        """As that of the form."""
+        self.form.price_after(event, name)
 
     def make(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Previews and how far it is, then the file, what is to be said of it, and how it was made."""
@@ -221,30 +220,10 @@ class MakePage:
         """
         if status == WAITING:
             return TAKEN_OUT
+        said = reading.in_words(said)
         if said == NOTHING and is_running(status):
             return OVER
         return status if said == NOTHING and str(status).startswith(ENDED) else said
-
-    def prepare(self, request: gr.Request, *values: Any) -> Iterator[str]:
-        """Loads the model that is chosen and learns how fast it is, so that the price is known; says it."""
-        visitor = self.site.visitors.of(request)
-        try:
-            offer = self.site.shelf.offer(values[self.form.names.index("model")])
-        except BadInput:
-            yield self.form.price(request, *values)
-            return
-
-        def work(live: Live) -> None:
-            # Who has run something wants the like again; nobody's model is to go because of a page that is opened.
-            if self.site.shelf.is_free_for(offer) or not self.site.worker.is_for_another(visitor.name):
-                estimate.prepare(self.site, offer, live)
-
-        with closing(self.site.worker.run(visitor.name, work, background=True)) as events:
-            for event in events:
-                if isinstance(event, Failed):
-                    yield words.plain(message := reading.in_words(event.message))
-                    raise endpoint.message(message)  # so that no estimate takes its place
-        yield self.form.price(request, *values)
 
 
 def is_running(status: Any) -> bool:

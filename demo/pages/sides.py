@@ -13,6 +13,10 @@ from . import words
 if TYPE_CHECKING:
     from ...pipelines.compare.figures import Comparison, Outcome
 
+BOTH = "both, with a handle"
+#: What can be seen of the two sides → percent of the width that the left one takes.
+POSITIONS = {BOTH: 50, "the left one alone": 100, "the right one alone": 0}
+
 
 def pictures(found: Comparison, folder: Path, name: str) -> tuple[Any, str]:
     """Of the slider: dense attention on the left and a method on the right, and Markdown that says so.
@@ -33,7 +37,7 @@ def pictures(found: Comparison, folder: Path, name: str) -> tuple[Any, str]:
         said = f"There is no {what}."
     left, right = dense or other, other or dense
     pair = (left, right) if left and right else None
-    return gr.ImageSlider(pair, visible=pair is not None), words.plain(said)
+    return gr.ImageSlider(pair, slider_position=POSITIONS[BOTH], visible=pair is not None), words.plain(said)
 
 
 def _picture(folder: Path, outcome: Outcome | None) -> str | None:

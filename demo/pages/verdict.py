@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -12,6 +13,7 @@ from ...pipelines.compare.figures import Comparison, Summary
 from ...pipelines.compare.variants import DENSE, Variant
 from ..forms.reading import in_words
 from ..server.live import without_folders
+from . import charts
 
 # Times that differ by less are the same: a machine is not steadier.
 STEADY = 0.05
@@ -20,21 +22,25 @@ ANOTHER, NEAR = 20, 35
 
 DENSE_NAME = "dense attention"
 LARGE = "margin: 0 0 0.5em; overflow-wrap: anywhere"
-SMALL = f"{LARGE}; font-size: var(--text-sm); color: var(--body-text-color-subdued)"
+SMALL = "margin: 0 0 0.4em; overflow-wrap: anywhere; font-size: var(--text-sm)"
 
 
 def sentences(comparison: Comparison) -> list[str]:
-    """One for each method, of nothing but what was measured."""
+    """One or two for each method, of nothing but what was measured; then how to read it."""
     dense = comparison.summary(DENSE)
-    said = []
+    said, differ = [], False
     for variant in comparison.variants[1:]:
         summary = comparison.summary(variant)
+        differ |= summary.psnr is not None and not summary.identical
         if summary.made and summary.identical == summary.made and _idle(comparison, variant):
             said.append(
-                f"{variant.name} replaced no attention in this run, so it changed nothing; it may at a larger size."
+                f"{variant.name} replaced no attention in this run, so it changed nothing; it may do more at a larger "
+                "size."
             )
         elif summary.made:
             said.append(f"{_speed(variant, summary, dense)}{_work(summary)}{_likeness(comparison, summary)}.")
+    if differ:
+        said.append(f"The higher the PSNR, the closer to the {_what(comparison)} of dense attention.")
     return said or ["There is nothing to compare."]
 
 
@@ -89,7 +95,8 @@ def table(comparison: Comparison) -> Any:
 
 def _column(comparison: Comparison, variant: Variant) -> tuple[str, ...]:
     summary = comparison.summary(variant)
-    name, time, *others = text.cells(comparison, variant.name, summary)
+    as_charted = replace(summary, density=charts.density(variant, summary))
+    name, time, *others = text.cells(comparison, variant.name, as_charted)
     if not summary.made:
         time = "failed" if summary.failed else "not run"
     return (name, time, *others)
@@ -105,12 +112,12 @@ def _speed(variant: Variant, summary: Summary, dense: Summary) -> str:
     if summary.speedup is None:
         return f"{variant.name} took {took}"
     if abs(summary.speedup - 1) < STEADY:
-        said = "as fast as dense attention"
+        said = "was as fast as dense attention"
     elif summary.speedup > 1:
-        said = f"{_times(summary.speedup)} times as fast as dense attention"
+        said = f"was {_times(summary.speedup)} times as fast as dense attention"
     else:
-        said = f"slower than dense attention, {_times(1 / summary.speedup)} times its time"
-    return f"{variant.name} was {said} ({took} against {text.seconds(dense.seconds)})"
+        said = f"took {_times(1 / summary.speedup)} times as long as dense attention"
+    return f"{variant.name} {said} ({took} against {text.seconds(dense.seconds)})"
 
 
 def _times(ratio: float) -> str:
@@ -120,7 +127,7 @@ def _times(ratio: float) -> str:
 def _work(summary: Summary) -> str:
     if summary.density is None:
         return ""
-    return f", with {_percent(summary.density)} of the query-key pairs in the layers it replaced"
+    return f"; the layers it replaced computed {_percent(summary.density)} of what dense attention computes there"
 
 
 def _percent(share: float) -> str:
@@ -128,17 +135,21 @@ def _percent(share: float) -> str:
 
 
 def _likeness(comparison: Comparison, summary: Summary) -> str:
-    what = "clip" if comparison.frames else "picture"
+    what = _what(comparison)
     if summary.psnr is None:
         return ""
     if summary.identical:
-        return f"; the {what} is the same, to the last pixel"
-    near = "near, so look closely"
+        return f". The {what} is the same, to the last pixel"
+    near = "similar; look for the differences"
     if summary.psnr < ANOTHER:
-        near = f"another {what}, so look"
+        near = f"a different {what}; judge it by eye"
     elif summary.psnr >= NEAR:
         near = "hard to tell apart"
-    return f"; PSNR {text.decibels(summary.psnr)}: {near}"
+    return f". PSNR {text.decibels(summary.psnr)}: {near}"
+
+
+def _what(comparison: Comparison) -> str:
+    return "clip" if comparison.frames else "picture"
 
 
 def _called(variant: Variant) -> str:

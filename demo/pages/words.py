@@ -22,8 +22,8 @@ INACTIVE = "inactive: "
 RESTED = {"native size": "the size is about that which the model was trained at, and it is for larger ones"}
 # Why layers are left dense: in plain words, where a method's own need the papers.
 LEFT = {
-    "not self-attention over image tokens": "between the picture and the prompt",
-    "not self-attention over the picture or clip": "between the picture and the prompt",
+    "not self-attention over image tokens": "attention to the prompt or the like, not within the picture",
+    "not self-attention over the picture or clip": "attention to the prompt or the like, not within the picture",
 }
 
 
@@ -113,13 +113,12 @@ def _layers(report: Report) -> str:
     if not fast:
         because = " and ".join(_why_rested(report))
         return f"{names} rested and nothing was accelerated{f', because {because}' if because else ''}."
-    took = f"{names} took {chosen} of {count(len(layers), 'attention layer')}"
-    if not dense:
-        return f"{took}, and in them computed {percent(report.density)} of the query-key pairs of dense attention."
-    return (
-        f"{took}, and in them computed {percent(report.density)} of the query-key pairs of dense attention; "
-        f"{dense} of {fast + dense} calls of these layers ran dense."
+    these, them = ("these", "them") if chosen > 1 else ("this one", "it")
+    said = (
+        f"{names} replaced {chosen} of {count(len(layers), 'attention layer')}; "
+        f"{these} computed {percent(report.density)} of what dense attention computes there."
     )
+    return f"{said} {dense} of {fast + dense} calls of {them} ran dense." if dense else said
 
 
 def _runs(denoiser: Mapping[str, Any]) -> Iterable[str]:
@@ -131,7 +130,10 @@ def _runs(denoiser: Mapping[str, Any]) -> Iterable[str]:
             if worked:
                 yield f"hidiffusion rested at a latent of {run['latent']}, because {_reason(state)}."
         elif steps := max(run.get("conv_steps", 0), run.get("pool_steps", 0)):
-            yield f"hidiffusion also had the U-Net work on smaller maps in {steps} of {count(run['steps'], 'step')}."
+            yield (
+                f"In {steps} of {count(run['steps'], 'step')}, hidiffusion also shrank the feature maps deep in the "
+                "U-Net: less work, and fewer repeated objects."
+            )
     if worked and denoiser["searches"]:
         for remark in denoiser["remarks"]:
             if remark.startswith("searches at"):

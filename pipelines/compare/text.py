@@ -157,7 +157,7 @@ def notes_of(comparison: Comparison, variant: Variant, name: str) -> list[str]:
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """What is to be known of the figures."""
+    """What is to be known of the figures: a line for each kind of them, last."""
     since_start = any(outcome.peak_since_start for outcome in comparison.outcomes.values())
     runs = comparison.of(DENSE).values()
     found = [*comparison.notes]
@@ -168,17 +168,18 @@ def remarks(comparison: Comparison) -> list[str]:
         found.append(f"interrupted after {len(comparison.outcomes)} of {planned} runs.")
     warm = f"after a warm-up of {count(comparison.warm_up_steps, 'step')} each"
     memory_of = "the process, weights included" if comparison.record.get("device") == "cpu" else "the accelerator"
-    since = "since it started, so no variant shows less than those before it" if since_start else "during the run"
-    compared = "over all frames as they were before encoding" if comparison.frames else "of the picture"
-    found.append(
-        f"time: denoising and decoding, {warm}; the median where there are several. speed-up: the time of dense "
-        f"attention over that of the variant. peak memory: that of {memory_of}, {since}. density: the share of the "
-        f"query-key pairs that were computed, in the layers that the method accelerates. PSNR, SSIM: {compared}, "
-        "against dense attention; they say how near it is, not how good."
-    )
+    since = "since it started, so no run shows less than those before it" if since_start else "during the run"
+    found += [
+        f"time: denoising and decoding, {warm}; the median where there are several.",
+        "speed-up: how many times as fast as dense attention.",
+        f"peak memory: the most held by {memory_of}, {since}.",
+        "density: the share of dense attention's query-key pairs that was computed, in the layers that were replaced.",
+    ]
     if comparison.frames:
-        found[-1] += " worst PSNR, worst SSIM: of the single frame that is farthest off."
-    return found
+        near = "how near to the clip of dense attention, not how good; of all frames, before encoding."
+        worst = "worst PSNR, worst SSIM: those of the single frame that is farthest off."
+        return [*found, f"PSNR, SSIM: {near}", worst]
+    return [*found, "PSNR, SSIM: how near to the picture of dense attention, not how good."]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -94,7 +94,7 @@ def fill(page: Any, field: str, value: str) -> None:
 def choose(page: Any, field: str, value: str) -> None:
     """An entry of a dropdown."""
     page.locator(f"#{field} input").first.click()
-    page.get_by_role("option", name=value, exact=True).click()
+    page.locator(f"#{field}").get_by_role("option", name=value, exact=True).click()
 
 
 def message(page: Any) -> Any:
@@ -146,6 +146,12 @@ class TestANewcomer:
         expect(page.locator("#video-result video")).to_be_visible()
         page.wait_for_function("document.querySelector('#video-result video').readyState >= 2")
         shot(page, "video-desk")
+        tab(page, "Inside")
+        expect(page.locator("#inside-mask img")).to_be_visible()
+        mask = page.locator("#inside-mask img").get_attribute("src")
+        choose(page, "inside-head", "1")
+        expect(page.locator("#inside-mask img")).not_to_have_attribute("src", mask)
+        shot(page, "inside-adaspa-desk")
 
     def test_compares_with_dense_attention(self, visit: Callable[..., Any]) -> None:
         page = visit()
@@ -157,10 +163,29 @@ class TestANewcomer:
         page.locator("#compare-go").click()
         expect(page.locator("#compare-slider img").first).to_be_visible()
         assert page.locator("#compare-slider img").count() == 2
+        see_each_side_with_keys(page)
         expect(page.locator("#compare-table")).to_contain_text("PSNR")
         for chart in ("time", "memory", "density"):
             expect(page.locator(f"#compare-{chart} svg, #compare-{chart} canvas").first).to_be_visible()
         shot(page, "compare-desk")
+
+
+def see_each_side_with_keys(page: Any) -> None:
+    """By how much of the picture on the right is cut off on its left: nearly all or nothing, with what is beside it."""
+    page.locator("#compare-whole input").first.focus()
+    for least, most in ((85, 100), (0, 15)):
+        page.keyboard.press("Tab")
+        page.keyboard.press("Space")
+        page.wait_for_function(
+            """([least, most]) => [...document.querySelectorAll("#compare-slider img")].some((each) => {
+              const cut = parseFloat(getComputedStyle(each).clipPath.split(" ").at(-1));
+              return least <= cut && cut <= most;
+            })""",
+            arg=[least, most],
+        )
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Space")
 
 
 @pytest.mark.usefixtures("unhurried")
@@ -178,6 +203,20 @@ class TestStop:
         expect(page.locator("#compare-status")).to_contain_text(
             re.compile(r"Stopped after .*: dense attention is done, hidiffusion is not\.")
         )
+        expect(page.locator("#compare-table")).to_contain_text("dense")
+
+    def test_of_a_comparison_on_another_page_does_too(self, visit: Callable[..., Any]) -> None:
+        page = visit()
+        tab(page, "Compare")
+        fill(page, "compare-steps", "16")
+        choose(page, "compare-method", "hidiffusion")
+        page.locator("#compare-go").click()
+        expect(page.locator("#compare-status")).to_contain_text("hidiffusion, 2 of 2", timeout=2 * PATIENCE)
+        tab(page, "Image")
+        page.locator("#image-stop").click()
+        expect(page.locator("#image-status")).to_contain_text("Stopped after")
+        tab(page, "Compare")
+        expect(page.locator("#compare-status")).to_contain_text("dense attention is done, hidiffusion is not.")
         expect(page.locator("#compare-table")).to_contain_text("dense")
 
     def test_ends_the_run_and_the_next_one_begins_at_once(self, visit: Callable[..., Any]) -> None:
@@ -292,6 +331,27 @@ class TestAnError:
         page.locator("#image-go").click()
         expect(page.locator("#image-download")).to_be_enabled()
 
+    def test_of_a_server_that_takes_no_more_is_told_where_the_picture_would_be(self, visit: Callable[..., Any]) -> None:
+        page = visit()
+        page.wait_for_function("document.querySelector('#image-estimate').innerText.includes('tokens')")
+        page.route("**/queue/join*", lambda route: route.fulfill(status=503, json={"detail": "Queue is full."}))
+        page.locator("#image-go").click()
+        expect(page.locator("#image-status")).to_contain_text("Not made: the server could not take it now.")
+        page.unroute("**/queue/join*")
+        fill(page, "image-steps", "1")
+        page.locator("#image-go").click()
+        expect(page.locator("#image-download")).to_be_enabled()
+
+
+# Elements that stick out of the window at a side, and not out of something that scrolls.
+BEYOND = """() => [...document.querySelectorAll(".gradio-container *")].filter((each) => {
+  const { left, right, width, height } = each.getBoundingClientRect();
+  if (!width || !height || (left > -1 && right < innerWidth + 1)) return false;
+  for (let around = each.parentElement; around; around = around.parentElement)
+    if (["auto", "scroll"].includes(getComputedStyle(around).overflowX)) return false;
+  return true;
+}).map((each) => each.outerHTML.slice(0, 200))"""
+
 
 class TestAPhone:
     def test_shows_every_page_without_scrolling_sideways(self, visit: Callable[..., Any]) -> None:
@@ -301,8 +361,26 @@ class TestAPhone:
         expect(page.locator("#image-download")).to_be_enabled()
         for name in ("Image", "Video", "Compare", "Inside", "History"):
             open_on_phone(page, name)
-            assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
+            assert page.evaluate(BEYOND) == []
             shot(page, f"{name.lower()}-phone")
+
+    def test_shows_what_came_of_a_comparison_and_inside_of_it(self, visit: Callable[..., Any]) -> None:
+        page = visit(PHONE, has_touch=True)
+        open_on_phone(page, "Compare")
+        for field, value in {"compare-width": "96", "compare-height": "96", "compare-steps": "2"}.items():
+            fill(page, field, value)
+        choose(page, "compare-method", "hidiffusion")
+        choose(page, "compare-second-method", "linfusion")
+        page.locator("#compare-go").click()
+        expect(page.locator("#compare-slider img").first).to_be_visible()
+        expect(page.locator("#compare-density canvas, #compare-density svg").first).to_be_visible()
+        expect(page.locator("#compare-key")).to_contain_text("linfusion")
+        assert page.evaluate(BEYOND) == []
+        shot(page, "compared-phone")
+        open_on_phone(page, "Inside")
+        expect(page.locator("#inside-picture img")).to_be_visible()
+        assert page.evaluate(BEYOND) == []
+        shot(page, "inside-phone")
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])

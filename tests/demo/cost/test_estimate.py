@@ -53,13 +53,13 @@ class TestTokens:
     def test_are_compared_with_those_of_the_native_size(self, site: Site) -> None:
         assert of(site).text.startswith("**256 tokens** at 64×64, the native size.")
         assert of(site, width=256, height=256).text.startswith(
-            "**4,096 tokens** at 256×256, 16 times those of the native size."
+            "**4,096 tokens** at 256×256, 16 times as many as at the native size."
         )
         assert of(site, width=128, height=72).text.startswith(
-            "**576 tokens** at 128×72, 2.2 times those of the native size."
+            "**576 tokens** at 128×72, 2.2 times as many as at the native size."
         )
         assert of(site, width=32, height=32).text.startswith(
-            "**64 tokens** at 32×32, 25 % of those of the native size."
+            "**64 tokens** at 32×32, 25 % of those at the native size."
         )
         assert "as many as at the native size" in of(site, width=128, height=32).text
 
@@ -78,7 +78,7 @@ class TestTokens:
 class TestMethods:
     def test_what_is_left_of_dense_attention_is_said(self, site: Site) -> None:
         text = of(site, width=128, height=128, methods={"hidiffusion": {}}).text
-        assert "hidiffusion leaves 24 % of dense attention's work." in text
+        assert "hidiffusion leaves 24 % of the self-attention in the whole model." in text
 
     def test_one_that_rests_at_this_size_is_said_to(self, site: Site) -> None:
         assert "hidiffusion has nothing to do at this size." in of(site, methods={"hidiffusion": {}}).text
@@ -128,7 +128,7 @@ class TestTime:
         known = of(site, model)
         assert known.seconds is not None
         size = "96×96, 17 frames" if model == "emoji-video" else "64×64"
-        assert known.text.endswith(f" s (from steps at {size}).")
+        assert known.text.endswith(f" s (from earlier steps at {size}).")
         assert "About" in known.text
 
     def test_the_model_is_not_counted_again_for_another_size(
@@ -141,9 +141,9 @@ class TestTime:
 
     def test_of_another_size_is_said_to_be_rough(self, site: Site) -> None:
         learn(site, steps=2, each=3.4)
-        assert of(site, width=128, height=128, steps=5).text.endswith(" min (from steps at 64×64).")
-        for steps, said in ((4, "About 14 s (from steps at 64×64)."), (2, "About 7 s (as the last run of this kind).")):
-            assert of(site, steps=steps).text.endswith(said)
+        assert of(site, width=128, height=128, steps=5).text.endswith(" min (from earlier steps at 64×64).")
+        assert of(site, steps=4).text.endswith("About 14 s (from earlier steps at 64×64).")
+        assert of(site, steps=2).text.endswith("About 7 s (like the last such run).")
 
     @pytest.mark.parametrize(
         ("seconds", "said"),
@@ -152,8 +152,9 @@ class TestTime:
     def test_a_rough_one_is_of_one_digit(
         self, site: Site, monkeypatch: pytest.MonkeyPatch, seconds: float, said: str
     ) -> None:
-        monkeypatch.setattr(site.pace, "predict", lambda *_: Prediction(seconds, "from steps at 64×64", rough=True))
-        assert of(site).text.endswith(f"Roughly {said} (from steps at 64×64).")
+        predicted = Prediction(seconds, "from earlier steps at 64×64", rough=True)
+        monkeypatch.setattr(site.pace, "predict", lambda *_: predicted)
+        assert of(site).text.endswith(f"Roughly {said} (from earlier steps at 64×64).")
 
     def test_no_weights_are_read_for_it(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(load, "load", lambda *_, **__: pytest.fail("the model was loaded"))
@@ -172,7 +173,7 @@ class TestOfAComparison:
         assert alone[1] < alone[0] > 60
         minutes = 1.5 * sum(alone) / 60
         assert of_comparison(site, offer, job, self.METHODS) == (
-            f"That is of one dense run; roughly {minutes:.1g} min for all runs and the warm-up of each."
+            f"That is for dense attention alone; roughly {minutes:.1g} min for all runs, each with its warm-up."
         )
 
     def test_nothing_is_said_before_anything_has_run(self, site: Site) -> None:

@@ -73,12 +73,12 @@ class TestOfTheSameSize:
         self, learned: Pace, shelf: Shelf
     ) -> None:
         found = predicted(learned, shelf, steps=2, prompt="a fox", seed=7)
-        assert found == Prediction(4.5, "as the last run of this kind")
+        assert found == Prediction(4.5, "like the last such run")
 
     def test_more_steps_take_longer_and_nothing_else_does(self, learned: Pace, shelf: Shelf) -> None:
         """One second for each, two and a half before the first and after the last."""
         found = predicted(learned, shelf, steps=10)
-        assert found == Prediction(pytest.approx(10 + 2.5), "from steps at 64×64")
+        assert found == Prediction(pytest.approx(10 + 2.5), "from earlier steps at 64×64")
 
     def test_without_guidance_there_is_one_call_a_step(self, learned: Pace, shelf: Shelf) -> None:
         assert predicted(learned, shelf, steps=10, guidance=1.0).seconds == pytest.approx(5 + 2.5)
@@ -86,7 +86,7 @@ class TestOfTheSameSize:
     def test_a_run_of_one_step_is_enough(self, pace: Pace, shelf: Shelf) -> None:
         one = task(shelf, steps=1)
         pace.learn(one, watched(one, first=3.0), 3.5)
-        assert predicted(pace, shelf, steps=2) == Prediction(pytest.approx(6.5), "from steps at 64×64")
+        assert predicted(pace, shelf, steps=2) == Prediction(pytest.approx(6.5), "from earlier steps at 64×64")
 
     def test_the_first_run_of_a_process_which_warms_up_counts_no_longer_after_another(
         self, learned: Pace, shelf: Shelf
@@ -138,7 +138,7 @@ class TestOfAnotherSize:
         ratio = growth(counts, shelf, 192)
         assert ratio > 10, "of nine times the pixels"
         found = predicted(learned, shelf, width=192, height=192, steps=10)
-        assert found == Prediction(pytest.approx(10 * ratio + 2.5 * 9), "from steps at 64×64", rough=True)
+        assert found == Prediction(pytest.approx(10 * ratio + 2.5 * 9), "from earlier steps at 64×64", rough=True)
 
     def test_told_from_two_there_is_a_part_that_does_not_grow(
         self, learned: Pace, shelf: Shelf, counts: Counts
@@ -165,7 +165,7 @@ class TestOfAnotherSize:
         assert ratio < 0.8 * growth(counts, shelf, 128)
         found = predicted(learned, shelf, width=128, height=128, steps=10, methods={"hidiffusion": {}})
         assert found.seconds == pytest.approx(10 * ratio + 2.5 * 4)
-        assert found.basis == "from steps with dense attention at 64×64"
+        assert found.basis == "from earlier steps with dense attention at 64×64"
 
     def test_what_was_measured_with_the_same_method_comes_first(self, learned: Pace, shelf: Shelf) -> None:
         learn(learned, task(shelf, width=96, height=96, steps=4, methods={"hidiffusion": {}}), each=5.0)
@@ -174,15 +174,15 @@ class TestOfAnotherSize:
             for name in ("hidiffusion", "linfusion", "")
         }
         assert said == {
-            "hidiffusion": "from steps at 96×96",
-            "linfusion": "from steps with dense attention at 64×64",
-            "": "from steps at 64×64",
+            "hidiffusion": "from earlier steps at 96×96",
+            "linfusion": "from earlier steps with dense attention at 64×64",
+            "": "from earlier steps at 64×64",
         }
 
     def test_then_what_computes_about_as_much(self, learned: Pace, shelf: Shelf) -> None:
         learn(learned, task(shelf, width=192, height=192, steps=4), each=5.0)
-        assert predicted(learned, shelf, width=184, height=184, steps=4).basis == "from steps at 192×192"
-        assert predicted(learned, shelf, width=72, height=72, steps=4).basis == "from steps at 64×64"
+        assert predicted(learned, shelf, width=184, height=184, steps=4).basis == "from earlier steps at 192×192"
+        assert predicted(learned, shelf, width=72, height=72, steps=4).basis == "from earlier steps at 64×64"
 
     def test_a_method_that_cannot_act_there_is_said_at_once(self, pace: Pace, shelf: Shelf) -> None:
         one = task(shelf, "emoji-video", steps=2)
@@ -224,7 +224,7 @@ class TestOfStages:
         pace.learn(ladder, live, 7.0)
         found = pace.predict(shelf.offer("emoji-sd"), ladder)
         assert found is not None
-        assert found.basis == "from steps at 128×128"
+        assert found.basis == "from earlier steps at 128×128"
         assert found.rough, "of the first stage, nothing has run"
         assert 6 < found.seconds < 12
 
@@ -242,7 +242,7 @@ def test_windows_of_a_long_clip_are_calls_of_their_own(pace: Pace, shelf: Shelf)
     pace.learn(one, watched(one), 2.0)
     long = {"frames": 33, "route": "windows", "window": 17, "overlap": 8}
     found = predicted(pace, shelf, "emoji-video", steps=2, **long)
-    assert found == Prediction(pytest.approx(2 * 3), "from steps at 96×96, 17 frames", rough=True)
+    assert found == Prediction(pytest.approx(2 * 3), "from earlier steps at 96×96, 17 frames", rough=True)
 
 
 class TestCounts:

@@ -110,8 +110,8 @@ def test_a_wrong_value_is_one_line_that_names_the_control(
         ({"frames": 34}, "frames 34 is more than this server allows: at most 33."),
         ({"frames": 2.5}, "Frames: expected a whole number, got 2.5."),
         ({"fps": "fast"}, "fps 'fast' is no number"),
-        ({"fps": True}, "Frames a second: expected text, got yes or no."),
-        ({"fps": math.inf}, "Frames a second: expected a number, got inf."),
+        ({"fps": True}, "Frames per second: expected text, got yes or no."),
+        ({"fps": math.inf}, "Frames per second: expected a number, got inf."),
         ({"route": "ladder"}, "Route: 'ladder' is not offered."),
     ],
 )

@@ -8,10 +8,12 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from attnswap.demo.cost.pace import Pace
 from attnswap.demo.endpoint import named
 from attnswap.demo.forms.job_form import JobForm
+from attnswap.demo.server.worker import Finished
 from attnswap.demo.site import Site
-from attnswap.pipelines.errors import BadInput
+from attnswap.pipelines.errors import BadInput, JobFailed
 
 from .given import REQUEST, form_of, updated, values_of
 
@@ -71,12 +73,12 @@ def test_the_sizes_are_up_to_eight_times_the_native_one_and_within_the_limits(si
         "4× 256×256",
         "6× 384×384",
         "8× 512×512",
-        "own width and height",
+        "other width and height",
     ]
     assert not form._left_out.visible
     limited = form_of(site)
-    assert [text for text, _ in limited.size.choices][-2:] == ["4× 256×256", "own width and height"]
-    assert limited._left_out.value == "Larger ones are beyond this server's 256 pixels a side."
+    assert [text for text, _ in limited.size.choices][-2:] == ["4× 256×256", "other width and height"]
+    assert limited._left_out.value == "This server allows at most 256 pixels a side."
     assert limited._left_out.visible
 
 
@@ -143,6 +145,42 @@ def test_what_is_wrong_is_said_in_place_of_the_estimate_in_the_words_of_the_page
     assert said.startswith("“Route” ladder: 64x64 is not above the native size")
     said = form.price(REQUEST, *values_of(form, model="emoji-flux", negative="a dog"))
     assert said.startswith("“Negative prompt”: in a FluxPipeline of this kind it counts with “Guidance” above 1")
+
+
+class TestPreparing:
+    @pytest.fixture
+    def unknown(self, site: Site) -> JobForm:
+        """On a machine of which nobody knows yet how fast it is."""
+        return form_of(dataclasses.replace(site, pace=Pace()))
+
+    def test_has_a_time_in_the_estimate_before_anything_was_made(self, unknown: JobForm, site: Site) -> None:
+        values, before = values_of(unknown), sorted(site.folder.rglob("*.png"))
+        assert "About" not in unknown.price(REQUEST, *values)
+        assert "About" in next(unknown.prepare(REQUEST, *values))
+        assert sorted(site.folder.rglob("*.png")) == before
+
+    def test_says_what_is_wrong_in_place_of_the_estimate(self, form: JobForm) -> None:
+        assert "more than this server allows" in next(form.prepare(REQUEST, *values_of(form, steps=1000)))
+
+    def test_of_a_model_that_is_not_offered_says_so(self, form: JobForm) -> None:
+        assert "not offered" in next(form.prepare(REQUEST, *values_of(form, model="/etc")))
+
+    def test_of_a_model_that_fails_says_so(self, form: JobForm, monkeypatch: pytest.MonkeyPatch) -> None:
+        def failing(*_: Any) -> None:
+            raise JobFailed("there is no room for it")
+
+        monkeypatch.setattr("attnswap.demo.cost.estimate.prepare", failing)
+        said = form.prepare(REQUEST, *values_of(form))
+        assert next(said) == "there is no room for it"
+        with pytest.raises(gr.Error, match="there is no room for it"):
+            next(said)
+
+    def test_leaves_the_model_of_somebody_else_in_memory(self, unknown: JobForm, site: Site) -> None:
+        offer = site.shelf.offer("emoji-sd")
+        [*_, last] = site.worker.run("somebody else", lambda live: site.shelf.session(offer))
+        list(unknown.prepare(REQUEST, *values_of(unknown, model="emoji-flux")))
+        assert isinstance(last, Finished)
+        assert site.shelf.session(offer) is last.value
 
 
 # Through Gradio.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 from typing import Any
 
@@ -61,16 +62,21 @@ class TestBars:
     def test_of_density_have_dense_attention_as_the_whole(self, found: Comparison) -> None:
         assert [share for _, share in bars(charts.plot(found, DENSITY))] == [1, 0.5, 0.5]
 
+    def test_of_more_than_dense_attention_are_seen_whole(self, found: Comparison) -> None:
+        """Linear attention over few tokens."""
+        found.outcomes[1, "linfusion"] = dataclasses.replace(found.outcomes[1, "linfusion"], density=1.25)
+        assert [share for _, share in bars(charts.plot(found, DENSITY))] == [0.8, 1, 0.4]
+
     def test_are_not_one_where_the_figures_are_the_same(self, found: Comparison) -> None:
         labels = list(charts.table(found, MEMORY)["figure"])
         assert len(set(labels)) == 3
-        assert {label.strip(charts.NOTHING) for label in labels} == {"1024 MiB"}
+        assert {label.strip(charts.NOTHING) for label in labels} == {"1024"}
 
     def test_of_what_failed_or_was_not_run_are_missing_and_say_so(self, found: Comparison) -> None:
         found.outcomes[1, "linfusion"] = Outcome(error="out of memory")
         del found.outcomes[1, "hidiffusion+linfusion"]
         rows = charts.table(found, TIME)
-        assert [label.strip(charts.NOTHING) for label in rows["figure"]] == ["2.00 s", "failed", "–"]
+        assert [label.strip(charts.NOTHING) for label in rows["figure"]] == ["2.00", "failed", "–"]
         assert rows["value"].isna().tolist() == [False, True, True]
         assert charts.plot(found, TIME).y_lim[0] == 0
 

@@ -66,7 +66,7 @@ class TestThumbnails:
         assert [thumbnail for thumbnail, _ in gallery["value"]] == [str(e.thumbnail) for e in visitor.entries[::-1]]
         assert gallery["visible"]
         assert numbers == [2, 1]
-        assert "Click one" in hint
+        assert "Click one to have its settings back on the Image or Video page." in hint
 
     def test_are_captioned_with_method_size_and_seconds(self, visitor: Visitor) -> None:
         picture, clip = (history_page.caption(entry) for entry in visitor.entries)
@@ -82,6 +82,7 @@ class TestThumbnails:
         gallery, hint, numbers = page.entries(SimpleNamespace(session_hash="other"))
         assert (gallery["value"], gallery["visible"], numbers) == ([], False, [])
         assert hint == history_page.NOTHING
+        assert "Image, Video and Compare" in hint
 
 
 class TestAClick:

@@ -136,6 +136,7 @@ class TestPictures:
 class TestPhases:
     def test_a_sentence_says_up_to_which_step(self, page: InsidePage) -> None:
         found = seen(page, "windows")
+        assert not found["phases_said"].startswith("- "), "a list of one"
         assert "up to step 2 of 4 the deep blocks" in found["phases_said"]
         assert "in windows in all 4 steps" in found["phases_said"]
         assert is_shown(found["phases_group"])
@@ -149,6 +150,7 @@ class TestPhases:
 
     def test_the_stages_of_a_route_are_told_apart(self, page: InsidePage) -> None:
         first, second = seen(page, "ladder")["phases_said"].splitlines()
+        assert first.startswith("- ")
         assert "Run 1 of 2, latent 16x16: HiDiffusion rested" in first
         assert "Run 2 of 2, latent 32x32" in second
         assert "No layer attended in windows" in second, "they gave way to linear attention"
@@ -182,8 +184,8 @@ class TestMask:
             ((5, "../etc"), "no mask of layer"),
             ((5, 0, 3), "no mask of that head and branch: layer 0 has heads 0 to 2 in branch 0 and 1"),
             ((5, 0, 0, "2"), "no mask of that head and branch"),
-            ((2,), "entry 2 has no block masks"),
-            ((1,), "entry 1 has no block masks"),
+            ((2,), "entry 2 has no block masks. No method has searched for any."),
+            ((1,), "entry 1 has no block masks. No method has searched for any."),
             ((77,), "no entry '77' of yours: there is 1 to 6"),
             (([],), "no entry"),
             ((5, []), "no mask of layer"),
@@ -194,6 +196,24 @@ class TestMask:
             page.draw_mask(ME, *asked)
         assert said in caught.value.message
 
+    def test_of_an_older_entry_is_said_not_to_be_kept(self, page: InsidePage, site: Site) -> None:
+        gone = "Block masks are kept of the latest results only."
+        assert gone not in seen(page, "clip")["summary"]
+        entry = site.visitors.of(ME).entries[4]
+        report = entry.result.report
+        assert report is not None
+        [details] = report.details
+        assert details is not None
+        bare = dataclasses.replace(report, details=(dataclasses.replace(details, masks={}),))
+        older = dataclasses.replace(entry, result=dataclasses.replace(entry.result, report=bare))
+        site.visitors.of(ME).entries[4] = older
+        found = seen(page, "clip")
+        assert gone in found["summary"]
+        assert not is_shown(found["mask_group"])
+        with pytest.raises(gr.Error) as caught:
+            page.draw_mask(ME, 5)
+        assert caught.value.message == f"entry 5 has no block masks. {gone}"
+
 
 class TestLayers:
     def test_those_that_ran_dense_come_first_with_the_reason(self, page: InsidePage, visitor: Visitor) -> None:
@@ -202,7 +222,7 @@ class TestLayers:
         assert [row[2] for row in rows] == ["dense"] * 27 + ["accelerated"] * 5
         assert rows[0] == [
             *("1", "down_blocks.0.attentions.0.transformer_blocks.0.attn2"),
-            *("dense", "–", "–", "–", "between the picture and the prompt"),
+            *("dense", "–", "–", "–", "attention to the prompt or the like, not within the picture"),
         ]
         assert rows[-1][3:] == ["4 accelerated", "0.25", "eager", "self-attention in 2x2 windows"]
 

@@ -69,7 +69,7 @@ class TestByLayer:
         layers = [layer("a", 0.5), layer("b", reason=cross), layer("c", reason=cross), layer("d", 0.5, calls=0)]
         pictures.by_layer(Report((denoiser(*layers),)))
         said = " ".join(written)
-        assert "left dense, between the picture and the prompt: 1 to 2" in said
+        assert "left dense, attention to the prompt or the like, not within the picture: 1 to 2" in said
         assert "left dense, was not called: 3" in said
 
     def test_denoisers_are_below_each_other_and_counted_through(self, maps: list[Any]) -> None:

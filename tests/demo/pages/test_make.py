@@ -14,7 +14,6 @@ from attnswap.demo.pages import make as make_page
 from attnswap.demo.pages.make import MakePage
 from attnswap.demo.site import Site
 from attnswap.pipelines import preview, save
-from attnswap.pipelines.errors import JobFailed
 from attnswap.pipelines.preview import Preview
 from PIL import Image
 
@@ -81,12 +80,12 @@ class TestAPicture:
 
     def test_teaches_how_long_such_a_one_takes(self, asking: Asking) -> None:
         list(asking.make())
-        assert "as the last run of this kind" in asking.page.form.price(asking.request, *asking.values())
+        assert "like the last such run" in asking.page.form.price(asking.request, *asking.values())
 
     def test_is_explained_and_can_be_taken_away(self, asking: Asking) -> None:
         *_, (file, _, details) = asking.make(method="linfusion")
         said, button = asking.page.explain(asking.request, details)
-        assert "linfusion took 16 of 32 attention layers" in said
+        assert "linfusion replaced 16 of 32 attention layers" in said
         assert button["value"] == file
         assert button["interactive"]
 
@@ -168,7 +167,11 @@ class TestStop:
     def test_that_has_missed_the_end_says_where_the_picture_is(self, asking: Asking) -> None:
         list(asking.make(steps=1))
         said = asking.page.stopped(asking.site.worker.stop("a"), "92 %: step 12 of 12, decoding")
-        assert said == "It had ended before it could be stopped. What it made is in History."
+        assert said == "It had ended before it could be stopped. What it made, if anything, is in History."
+
+    def test_of_a_run_that_fails_says_why_in_the_words_of_the_page(self, asking: Asking) -> None:
+        said = asking.page.stopped("Not made: out of memory. Try --width 64.", "50 %: step 6 of 12")
+        assert said == "Not made: out of memory. Try “Width” 64."
 
     def test_leaves_nothing_to_explain(self, asking: Asking) -> None:
         said, button = asking.page.explain(asking.request, None)
@@ -178,33 +181,3 @@ class TestStop:
     def test_of_an_entry_of_somebody_else_explains_nothing(self, asking: Asking, request_of: Any) -> None:
         *_, (_, _, details) = asking.make(steps=1)
         assert asking.page.explain(request_of("b"), details)[0] == ""
-
-
-class TestPreparing:
-    def test_has_a_time_in_the_estimate_before_anything_was_made(self, asking: Asking) -> None:
-        assert "About" not in asking.page.form.price(asking.request, *asking.values())
-        assert "About" in next(asking.page.prepare(asking.request, *asking.values()))
-        assert asking.files == []
-
-    def test_says_what_is_wrong_in_place_of_the_estimate(self, asking: Asking) -> None:
-        values = asking.values(steps=1000)
-        assert "more than this server allows" in next(asking.page.prepare(asking.request, *values))
-
-    def test_of_a_model_that_is_not_offered_says_so(self, asking: Asking) -> None:
-        assert "not offered" in next(asking.page.prepare(asking.request, *asking.values(model="/etc")))
-
-    def test_of_a_model_that_fails_says_so(self, asking: Asking, monkeypatch: pytest.MonkeyPatch) -> None:
-        def failing(*_: Any) -> None:
-            raise JobFailed("there is no room for it")
-
-        monkeypatch.setattr(make_page.estimate, "prepare", failing)
-        said = asking.page.prepare(asking.request, *asking.values())
-        assert next(said) == "there is no room for it"
-        with pytest.raises(gr.Error, match="there is no room for it"):
-            next(said)
-
-    def test_leaves_the_model_of_somebody_else_in_memory(self, asking: Asking, request_of: Any) -> None:
-        assert list(asking.make(steps=1))
-        loaded = asking.site.shelf.session(asking.site.shelf.offer("emoji-sd"))
-        list(asking.page.prepare(request_of("b"), *asking.values(model="emoji-flux")))
-        assert asking.site.shelf.session(asking.site.shelf.offer("emoji-sd")) is loaded

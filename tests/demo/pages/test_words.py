@@ -47,15 +47,15 @@ class TestAcceleration:
     def test_names_the_layers_and_the_share_that_was_computed(self, make: Any) -> None:
         said = words.acceleration(make("emoji-sd", "linfusion"))
         assert said == [
-            "linfusion took 16 of 32 attention layers, and in them computed 7.7 % of the query-key pairs of dense "
-            "attention.",
-            "Left dense: 16 layers (between the picture and the prompt). See Inside.",
+            "linfusion replaced 16 of 32 attention layers; "
+            "these computed 7.7 % of what dense attention computes there.",
+            "Left dense: 16 layers (attention to the prompt or the like, not within the picture). See Inside.",
         ]
 
     def test_of_hidiffusion_tells_of_the_smaller_maps_and_of_the_layers_it_leaves(self, make: Any) -> None:
         said = words.acceleration(make("emoji-sd", "hidiffusion", width=128, height=128))
-        assert "took 5 of 32 attention layers, and in them computed 25 %" in said[0]
-        assert said[1] == "hidiffusion also had the U-Net work on smaller maps in 2 of 2 steps."
+        assert "replaced 5 of 32 attention layers; these computed 25 % of" in said[0]
+        assert said[1].startswith("In 2 of 2 steps, hidiffusion also shrank the feature maps deep in the U-Net")
         assert "11 layers (deeper level, where windows save little)" in said[2]
 
     def test_says_why_a_method_rested_at_the_native_size(self, make: Any) -> None:
@@ -64,7 +64,7 @@ class TestAcceleration:
 
     def test_says_of_two_methods_which_one_rested(self, make: Any) -> None:
         said = words.acceleration(make("emoji-sd", "hidiffusion", "linfusion"))
-        assert said[0].startswith("hidiffusion and linfusion took 16 of 32 attention layers")
+        assert said[0].startswith("hidiffusion and linfusion replaced 16 of 32 attention layers")
         assert said[1].startswith("hidiffusion rested at a latent of 16x16, because the size is about")
 
     def test_says_why_too_few_tokens_stayed_dense(self, make: Any) -> None:
@@ -73,8 +73,8 @@ class TestAcceleration:
 
     def test_counts_the_calls_before_a_search_as_dense(self, make: Any) -> None:
         said = words.acceleration(make("emoji-video", "adaspa", steps=4))
-        assert said[0].startswith("adaspa took 6 of 12 attention layers")
-        assert said[0].endswith("; 12 of 48 calls of these layers ran dense.")
+        assert said[0].startswith("adaspa replaced 6 of 12 attention layers")
+        assert said[0].endswith(" there. 12 of 48 calls of them ran dense.")
         assert said[1] == "It searches at steps 1, 2 of 4, dense in the first step."
 
     def test_says_what_auto_chose_and_why_and_no_more_of_it(self, make: Any) -> None:
@@ -85,7 +85,7 @@ class TestAcceleration:
 
     def test_counts_a_layer_once_though_a_route_has_two_sets_of_methods(self, make: Any) -> None:
         result = make("emoji-flux", "clear", width=256, height=256, route="ladder")
-        assert words.acceleration(result)[0].startswith("clear took 8 of 8 attention layers")
+        assert words.acceleration(result)[0].startswith("clear replaced 8 of 8 attention layers")
         assert words.others(result) == ["The base (stage 1/2) runs without clear: only larger pictures need it."]
 
 

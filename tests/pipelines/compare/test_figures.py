@@ -22,6 +22,12 @@ def change(found: Comparison, number: int, name: str, **values: object) -> None:
     found.outcomes[number, name] = dataclasses.replace(found.outcomes[number, name], **values)
 
 
+def remark(found: Comparison, figure: str) -> str:
+    """What is to be known of a column of the table."""
+    [line] = [line for line in text.remarks(found) if line.startswith(f"{figure}: ")]
+    return line
+
+
 @pytest.fixture
 def found() -> Comparison:
     """Three prompts, two variants beside dense attention."""
@@ -123,9 +129,14 @@ class TestTable:
         assert "interrupted after 8 of 9 runs" in text.report(found)
 
     def test_says_where_memory_is_that_since_the_start(self, found: Comparison) -> None:
-        assert "during the run" in text.remarks(found)[-1]
+        assert "during the run" in remark(found, "peak memory")
         change(found, 1, "dense", peak_since_start=True)
-        assert "since it started" in text.remarks(found)[-1]
+        assert "since it started" in remark(found, "peak memory")
+
+    def test_explains_every_column(self, found: Comparison) -> None:
+        for shown in (found, comparison(frames=9, fps="8")):
+            explained = ", ".join(line.partition(":")[0] for line in text.remarks(shown))
+            assert explained == ", ".join(text.headings(shown)[1:])
 
     def test_clips_have_their_worst_frame(self) -> None:
         found = comparison(frames=9, fps="8")
