@@ -30,8 +30,13 @@ if TYPE_CHECKING:
 
 #: A number that is not given. Gradio shows None as 0.
 EMPTY = ""
-#: Estimates wait for one another, and for nothing else.
-ESTIMATES = "estimates"
+#: Of events that make estimates, which wait for one another, and for nothing else.
+PRICING: dict[str, Any] = {
+    "preprocess": False,
+    "show_progress": "hidden",
+    "concurrency_id": "estimates",
+    "concurrency_limit": 1,
+}
 NEW_SEED = "() => Math.floor(Math.random() * 2 ** 32)"
 
 # Gradio tells of a dropdown that is left as of one in which something was chosen: then there is no model.
@@ -264,10 +269,7 @@ class JobForm:
         shared: dict[str, Any] = {
             "inputs": self.inputs,
             "outputs": self.estimate,
-            "preprocess": False,
-            "show_progress": "hidden",
-            "concurrency_id": ESTIMATES,
-            "concurrency_limit": 1,
+            **PRICING,
         }
         handler, page = named(self.price, self.names), Context.root_block
         assert page is not None  # this is called inside of it
@@ -291,7 +293,7 @@ class JobForm:
         given = dict(zip(self.controls, values, strict=False))
         if given["model"] is None:
             return [gr.skip() for _ in self.inputs]
-        offer = self._offer(given["model"])
+        offer = self.offer(given["model"])
         kept = {"seed": given["seed"]}
         if given["prompt"] and given["prompt"] not in {text for each in self.offers for text in takes.examples(each)}:
             kept["prompt"] = given["prompt"]
@@ -301,7 +303,7 @@ class JobForm:
         return updates
 
     def _around(self, model: Any) -> list[dict[str, Any]]:
-        offer = self._offer(model)
+        offer = self.offer(model)
         shown = takes.examples(offer)
         updates = [
             gr.update(samples=[[text] for text in shown], visible=bool(shown)),
@@ -320,7 +322,7 @@ class JobForm:
 
     def _for_size(self, model: Any, width: Any, height: Any) -> Any:
         """Updates of `size` and of the method's controls; where there are none, no list, which would be a value."""
-        offer = self._offer(model)
+        offer = self.offer(model)
         width, height = sizes.given(width, height)
         update = gr.update(**sizes.choice(offer, self._largest, width, height))
         return [update, *self.method.for_size(offer, width, height)] if self.method else update
@@ -367,15 +369,17 @@ class JobForm:
             named(self.price, self.names),
             self.inputs,
             [self.estimate],
-            preprocess=False,
-            concurrency_id=ESTIMATES,
-            concurrency_limit=1,
-            show_progress="hidden",
+            **PRICING,
             api_name=name,
             api_visibility="undocumented",
         )
 
-    def _offer(self, model: Any) -> Offer:
+    def offer(self, model: Any) -> Offer:
+        """The model that is chosen.
+
+        Raises:
+            gr.Error: there is none of that name.
+        """
         try:
             return self.site.shelf.offer(model)
         except BadInput as error:

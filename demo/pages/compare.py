@@ -19,7 +19,7 @@ from ...pipelines.errors import BadInput
 from .. import endpoint
 from ..cost.estimate import of_comparison
 from ..forms import method_form, reading, sizes
-from ..forms.job_form import ESTIMATES, JobForm
+from ..forms.job_form import PRICING, JobForm
 from ..forms.method_form import MethodForm
 from ..server import log
 from ..server.live import without_folders
@@ -130,13 +130,10 @@ class ComparePage:
             endpoint.named(self.price, self.names),
             self.inputs,
             self.runs,
-            preprocess=False,
-            concurrency_id=ESTIMATES,
-            concurrency_limit=1,
+            **PRICING,
             trigger_mode="always_last",
             api_name="compare_runs",
             api_visibility="undocumented",
-            show_progress="hidden",
         )
         begin = [self.go.click, self.form.controls["prompt"].submit]  # type: ignore[attr-defined]
         gr.on(begin, None, None, [self.status], js=BEGIN, api_visibility="private")
@@ -173,17 +170,14 @@ class ComparePage:
             endpoint.named(self.price, self.names),
             self.inputs,
             self.runs,
-            preprocess=False,
-            concurrency_id=ESTIMATES,
-            concurrency_limit=1,
-            show_progress="hidden",
+            **PRICING,
             api_name=f"{name}_runs",
             api_visibility="undocumented",
         )
 
     def for_model(self, model: Any, width: Any, height: Any, *methods: Any) -> list[dict[str, Any]]:
         """Updates of both methods for a model and size, and of what is said of those that it cannot have."""
-        offer, count = self._offer(model), len(self.first.inputs)
+        offer, count = self.form.offer(model), len(self.first.inputs)
         size = sizes.given(width, height)
         return [
             *self.first.for_offer(offer, *size, methods[:count]),
@@ -193,14 +187,8 @@ class ComparePage:
 
     def for_size(self, model: Any, width: Any, height: Any) -> list[dict[str, Any]]:
         """Updates of both methods for another size; what is chosen, maybe just now, is not touched."""
-        offer, size = self._offer(model), sizes.given(width, height)
+        offer, size = self.form.offer(model), sizes.given(width, height)
         return [*self.first.for_size(offer, *size), *self.second.for_size(offer, *size)]
-
-    def _offer(self, model: Any) -> Offer:
-        try:
-            return self.site.shelf.offer(model)
-        except BadInput as error:
-            raise endpoint.message(str(error)) from error
 
     def compare(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """How far it is, then what came of it."""

@@ -11,7 +11,7 @@ from ...pipelines.compare import files
 from ...pipelines.compare.variants import DENSE
 from . import sides, verdict
 from .charts import Charts
-from .make import STATUS
+from .make import status_of
 
 if TYPE_CHECKING:
     from ...pipelines.compare.figures import Comparison
@@ -35,15 +35,7 @@ class Compared:
     """
 
     def __init__(self, elem: str) -> None:
-        self.status = gr.HTML(
-            WELCOME,
-            html_template=STATUS,
-            preview=None,
-            stopping=False,
-            label="Status",
-            elem_id=f"{elem}-status",
-            elem_classes="status",
-        )
+        self.status = status_of(elem, WELCOME)
         with gr.Column(visible=False, elem_id=f"{elem}-result") as self._result:
             self._problems = gr.HTML(elem_id=f"{elem}-problems", padding=False)
             self.opposite = gr.Radio([], label="On the right", elem_id=f"{elem}-opposite")

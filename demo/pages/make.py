@@ -101,15 +101,7 @@ class MakePage:
                         type="filepath", buttons=["fullscreen"], alt_text="The picture that was made", **shared
                     )
                 )
-                self.status = gr.HTML(
-                    f"The {what} will be here.",
-                    html_template=STATUS,
-                    preview=None,
-                    stopping=False,
-                    label="Status",
-                    elem_id=f"{self.kind}-status",
-                    elem_classes="status",
-                )
+                self.status = status_of(self.kind, f"The {what} will be here.")
                 self.words = gr.Markdown(elem_id=f"{self.kind}-words")
                 self.download = gr.DownloadButton(
                     f"Download the {what}", elem_id=f"{self.kind}-download", size="md", interactive=False
@@ -224,6 +216,19 @@ class MakePage:
         if said == NOTHING and is_running(status):
             return OVER
         return status if said == NOTHING and str(status).startswith(ENDED) else said
+
+
+def status_of(name: str, text: str) -> gr.HTML:
+    """What is said of a job, with a bar and a preview while it runs; `text` at first."""
+    return gr.HTML(
+        text,
+        html_template=STATUS,
+        preview=None,
+        stopping=False,
+        label="Status",
+        elem_id=f"{name}-status",
+        elem_classes="status",
+    )
 
 
 def is_running(status: Any) -> bool:

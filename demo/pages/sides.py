@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ...pipelines.compare.variants import DENSE
-from . import words
+from ..forms.reading import plain
 
 if TYPE_CHECKING:
     from ...pipelines.compare.figures import Comparison, Outcome
@@ -37,7 +37,7 @@ def pictures(found: Comparison, folder: Path, name: str) -> tuple[Any, str]:
         said = f"There is no {what}."
     left, right = dense or other, other or dense
     pair = (left, right) if left and right else None
-    return gr.ImageSlider(pair, slider_position=POSITIONS[BOTH], visible=pair is not None), words.plain(said)
+    return gr.ImageSlider(pair, slider_position=POSITIONS[BOTH], visible=pair is not None), plain(said)
 
 
 def _picture(folder: Path, outcome: Outcome | None) -> str | None:

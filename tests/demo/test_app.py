@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from attnswap.demo import app, endpoint
-from attnswap.demo.forms.job_form import ESTIMATES
+from attnswap.demo.forms.job_form import PRICING
 from attnswap.demo.site import Site
 from gradio.utils import get_type_hints
 
@@ -101,7 +101,8 @@ def test_no_estimate_is_made_past_the_limit_of_how_many_at_once(site: Site) -> N
     of_price = re.compile("estimate_|price_|prepared_|compare_runs")
     found = [fn for fn in app.build(site).fns.values() if of_price.match(str(fn.api_name))]
     assert {"estimate_image", "price_video", "prepared_compare_runs"} <= {fn.api_name for fn in found}
-    assert all(fn.queue and fn.concurrency_id == ESTIMATES and fn.concurrency_limit == 1 for fn in found)
+    assert all(fn.queue and fn.concurrency_id == PRICING["concurrency_id"] for fn in found)
+    assert {fn.concurrency_limit for fn in found} == {1}
 
 
 def test_the_look_needs_nothing_from_the_network() -> None:

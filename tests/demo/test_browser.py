@@ -97,6 +97,14 @@ def choose(page: Any, field: str, value: str) -> None:
     page.locator(f"#{field}").get_by_role("option", name=value, exact=True).click()
 
 
+def compare(page: Any, steps: int) -> None:
+    """Begins to compare dense attention with HiDiffusion, at the 128 pixels that the page begins with."""
+    tab(page, "Compare")
+    fill(page, "compare-steps", str(steps))
+    choose(page, "compare-method", "hidiffusion")
+    page.locator("#compare-go").click()
+
+
 def message(page: Any) -> Any:
     """What pops up."""
     return page.locator(".toast-body")
@@ -155,12 +163,7 @@ class TestANewcomer:
 
     def test_compares_with_dense_attention(self, visit: Callable[..., Any]) -> None:
         page = visit()
-        tab(page, "Compare")
-        fill(page, "compare-steps", "4")
-        fill(page, "compare-width", "128")
-        fill(page, "compare-height", "128")
-        choose(page, "compare-method", "hidiffusion")
-        page.locator("#compare-go").click()
+        compare(page, steps=4)
         expect(page.locator("#compare-slider img").first).to_be_visible()
         assert page.locator("#compare-slider img").count() == 2
         see_each_side_with_keys(page)
@@ -192,12 +195,7 @@ def see_each_side_with_keys(page: Any) -> None:
 class TestStop:
     def test_of_a_comparison_keeps_what_was_finished(self, visit: Callable[..., Any]) -> None:
         page = visit()
-        tab(page, "Compare")
-        for field in ("compare-width", "compare-height"):
-            fill(page, field, "128")
-        fill(page, "compare-steps", "16")
-        choose(page, "compare-method", "hidiffusion")
-        page.locator("#compare-go").click()
+        compare(page, steps=16)
         expect(page.locator("#compare-status")).to_contain_text("hidiffusion, 2 of 2", timeout=2 * PATIENCE)
         page.locator("#compare-stop").click()
         expect(page.locator("#compare-status")).to_contain_text(
@@ -207,10 +205,7 @@ class TestStop:
 
     def test_of_a_comparison_on_another_page_does_too(self, visit: Callable[..., Any]) -> None:
         page = visit()
-        tab(page, "Compare")
-        fill(page, "compare-steps", "16")
-        choose(page, "compare-method", "hidiffusion")
-        page.locator("#compare-go").click()
+        compare(page, steps=16)
         expect(page.locator("#compare-status")).to_contain_text("hidiffusion, 2 of 2", timeout=2 * PATIENCE)
         tab(page, "Image")
         page.locator("#image-stop").click()
